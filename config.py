@@ -1,0 +1,207 @@
+"""Every setting, once: its name, default, unit and range; the presets; the command-line flags made from them.
+
+What it is not: a config framework. One frozen dataclass, two small tables, one argparse parser. No torch:
+a mistyped flag is answered at once. The defaults are the recipe (preset `coco`); a preset states only what differs.
+"""
+
+import argparse
+import math
+import os
+from dataclasses import dataclass, field, fields
+
+
+class UserError(Exception):
+    """Something the user can put right; the message is one line: `<file or flag>: <what>; <what to do>`."""
+
+
+def setting(default, text, *, low=None, high=None, choices=None):
+    """A field with its help text and inclusive range (of each entry, if it is a tuple)."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class SDConfig:
+    # data
+    dataset: str = setting("coco", "coco, folder (your own pictures) or scenes (painted by scenes.py)",
+                           choices=("coco", "folder", "scenes"))  # fmt: skip
+    data_root: str = setting("data/coco", "folder of the data set: train2017/, val2017/ and annotations/ for coco; "
+                             "pictures with captions for folder; not used by scenes")  # fmt: skip
+    captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
+    max_images: int = setting(40_000, "training pictures: a fixed subset of what is there", low=1)
+    held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
+    image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
+    skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
+    num_workers: int = setting(2, "processes that read pictures; 0 = none but the main one", low=0)
+
+    # VAE
+    latent_channels: int = setting(4, "channels of the latent", low=1)
+    block_out_channels: tuple[int, ...] = setting(
+        (64, 128, 256, 256), "VAE channels per level; each level after the first halves the resolution", low=1
+    )
+    layers_per_block: int = setting(2, "VAE resnets per level", low=1)
+    norm_num_groups: int = setting(16, "groups of every GroupNorm; divides all channel counts", low=1)
+    beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", low=0)
+
+    # U-Net
+    unet_block_out_channels: tuple[int, ...] = setting((128, 176, 224), "U-Net channels per level", low=1)
+    unet_layers_per_block: int = setting(1, "U-Net resnets and transformers per level", low=1)
+    num_heads: int = setting(4, "heads of every attention of the U-Net", low=1)
+    time_dim: int = setting(512, "width of the time embedding: 4 x the first U-Net channels", low=8)
+
+    # text
+    text_encoder: str = setting("clip", "clip (downloaded), hash (embedded), or a directory with a CLIP text model")
+    text_dim: int = setting(512, "width of a token's embedding", low=1)
+    text_length: int = setting(77, "tokens per caption, longer ones are cut; CLIP takes 77 and no other", low=1)
+
+    # diffusion
+    timesteps: int = setting(200, "T, the number of noise levels", low=1)
+    beta_start: float = setting(1e-4, "noise variance added by the first step", low=1e-9, high=0.999)
+    beta_end: float = setting(0.02, "noise variance added by the last step", low=1e-9, high=0.999)
+
+    # training
+    batch_size: int = setting(32, "pictures per optimizer step", low=1)
+    num_epochs: int = setting(15, "passes over the training pictures", low=1)
+    lr: float = setting(1e-4, "learning rate of Adam", low=0)
+    lr_schedule: str = setting("cosine", "cosine (annealed to 0) or constant", choices=("cosine", "constant"))
+    lr_warmup_steps: int = setting(0, "steps over which the learning rate first rises from 0", low=0)
+    weight_decay: float = setting(1e-4, "weight decay (L2) of Adam", low=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", low=1e-9)
+    ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", low=0, high=1)
+    mixed_precision: str = setting("auto", "no, bf16 (autocast), or auto: bf16 where the processor computes in it",
+                                   choices=("auto", "no", "bf16"))  # fmt: skip
+    save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", low=1)
+    sample_prompts: tuple[str, ...] = setting(
+        ("a dog on the grass", "a red sports car"), "prompts of the sample grid of each epoch"
+    )
+    seed: int = setting(0, "seed of everything that is random", low=0, high=2**63 - 1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            _check_range(f, getattr(self, f.name))
+        _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
+        _check(self.time_dim == 4 * self.unet_block_out_channels[0], "time_dim", "is not 4 x the first U-Net channels",
+               f"give --time_dim {4 * self.unet_block_out_channels[0]}")  # fmt: skip
+        for name in ("block_out_channels", "unet_block_out_channels"):
+            _check(all(c % self.norm_num_groups == 0 for c in getattr(self, name)), name,
+                   f"must be multiples of norm_num_groups ({self.norm_num_groups})", "change either")  # fmt: skip
+        _check(all(c % self.num_heads == 0 for c in self.unet_block_out_channels), "unet_block_out_channels",
+               f"must be multiples of num_heads ({self.num_heads})", "change either")  # fmt: skip
+        factor = 2 ** (len(self.block_out_channels) + len(self.unet_block_out_channels) - 2)
+        _check(self.image_size % factor == 0, "image_size", f"{self.image_size} cannot be halved by every level",
+               f"give a multiple of {factor}")  # fmt: skip
+
+    @property
+    def latent_size(self):
+        """Side of the latent: each VAE level after the first halves the picture."""
+        return self.image_size // 2 ** (len(self.block_out_channels) - 1)
+
+
+# A preset is what differs from the defaults above, for both trainers; VAE_PRESETS adds what differs for train_vae.py.
+PRESETS = {
+    "coco": {},
+    "demo": dict(
+        dataset="scenes",
+        image_size=64,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=1,
+        norm_num_groups=8,
+        text_encoder="hash",
+    ),
+}
+VAE_PRESETS = {
+    "coco": dict(lr_schedule="constant", weight_decay=0.0),
+    "demo": dict(weight_decay=0.0),
+}
+
+
+def _check(ok, name, what, remedy):
+    if not ok:
+        raise UserError(f"--{name}: {what}; {remedy}")
+
+
+def _check_range(f, value):
+    """Type, choices, finiteness and range of one field's value."""
+    low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+    entries = value if isinstance(value, tuple) else (value,)
+    _check(len(entries) > 0, f.name, "is empty", "give at least one value")
+    for v in entries:
+        if choices:
+            _check(v in choices, f.name, f"{v!r} is not a choice", f"choose from {', '.join(choices)}")
+        if isinstance(v, (int, float)):
+            _check(math.isfinite(v), f.name, f"{v} is not a finite number", "give a finite one")
+            _check(low is None or v >= low, f.name, f"{v} is out of range", f"give {low} or more")
+            _check(high is None or v <= high, f.name, f"{v} is out of range", f"give {high} or less")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake ends in `error: <flag>: <what>; <what to do>` and exit code 2."""
+
+    def error(self, message):
+        message = message.removeprefix("argument ").replace("unrecognized arguments", "unknown flag")
+        self.exit(2, f"error: {message}; see python {os.path.basename(self.prog)} --help\n")
+
+
+def add_run_flags(parser):
+    """Flags that the trainers share beside the fields of SDConfig."""
+    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe) or demo (embedded data, minutes on a CPU); "
+                        "without it: coco if its captions are there, else demo")  # fmt: skip
+    parser.add_argument("--run_dir", help="folder for everything this run writes (default: runs/<preset>)")
+    parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
+    parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")
+
+
+def positive_int(text):
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def add_config_flags(parser, defaults):
+    """One flag per field of SDConfig, spelled like the field; a flag not given leaves nothing behind."""
+    for f in fields(SDConfig):
+        many = isinstance(f.default, tuple)
+        kind = type(f.default[0] if many else f.default)
+        shown = " ".join(map(str, f.default)) if many else f.default
+        options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, nargs="+" if many else None, metavar=kind.__name__, **options)
+
+
+def choose_preset(args, given):
+    """The preset and the reason for it, in the words of the first line that a trainer prints."""
+    if args.preset:
+        return args.preset, "as --preset says"
+    if given.get("dataset") == "scenes":
+        return "demo", "because of --dataset scenes"
+    for name in ("dataset", "data_root", "captions_json"):
+        if name in given:
+            return "coco", f"because of --{name}"
+    defaults = SDConfig()
+    captions = os.path.join(defaults.data_root, defaults.captions_json)
+    if os.path.exists(captions):
+        return "coco", f"because {captions} is there; for the embedded data give --preset demo"
+    return "demo", f"because {captions} is not there; README.md says how to get COCO, or give --preset coco"
+
+
+def parse_training_args(description, stage, argv=None):
+    """Command line of a trainer -> (SDConfig, Namespace of the other flags). stage: "vae" or "unet".
+
+    Later wins: defaults, preset, the preset's VAE stage, flags. Exits with code 2 on a mistake.
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_run_flags(parser)
+    add_config_flags(parser.add_argument_group("settings (fields of SDConfig)"), SDConfig())
+    args = parser.parse_args(argv)
+    names = [f.name for f in fields(SDConfig)]
+    given = {n: getattr(args, n) for n in names if hasattr(args, n)}
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    args.preset, reason = choose_preset(args, given)
+    args.run_dir = args.run_dir or os.path.join("runs", args.preset)
+    try:
+        cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))
+    except UserError as e:
+        parser.exit(2, f"error: {e}\n")
+    print(f"preset {args.preset}, {reason}")
+    return cfg, args

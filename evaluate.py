@@ -1,0 +1,194 @@
+"""Measure a finished run: every figure that README.md quotes comes from here.
+
+  python evaluate.py                       the newest of runs/coco and runs/demo
+  python evaluate.py --run_dir runs/demo --ema
+
+Prints, and writes to <run_dir>/evaluation.json:
+  VAE        held-out MSE and PSNR, mean and std of the latents
+  denoising  held-out noise-prediction loss in ten bins of t
+  prompts    on scenes only: pictures are generated for prompts not used in training, and a small classifier,
+             trained here on freshly painted scenes of a series of its own, reads subject, colour and place off
+             them. Its accuracy on real scenes is printed beside: it is the most that generated ones can reach.
+What it is not: nothing of the run is trained or changed.
+"""
+
+import json
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import Parser, positive_int
+from data import Scenes, open_dataset, read_pictures
+from diffusion import baab, held_out_losses, sample
+from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene
+from text_encoder import make_text_encoder
+from training import (
+    Progress,
+    check_made_from,
+    load_newest,
+    newest_run,
+    pick_device,
+    read_config,
+    run_script,
+    save_grid,
+    seed_step,
+    to_float,
+    write_whole,
+)
+from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL, held_out_figures, reparameterize
+
+CLASSIFIER_SERIES, REAL_SERIES, PROMPT_SERIES = 101, 102, 103  # series of scenes that no training uses
+CLASSIFIER_SCENES, CLASSIFIER_EPOCHS, REAL_SCENES = 8192, 4, 1024
+LOSS_BINS = 10
+BATCH = 32  # pictures at a time
+CLASSIFIER_SIZE = 64  # pixels; larger pictures are reduced to it
+ATTRIBUTES = {"subject": list(SUBJECTS), "colour": list(COLOURS), "place": list(PLACES)}
+
+
+def main():
+    args = parse_args()
+    run_dir = args.run_dir or newest_run("train_unet")
+    cfg = read_config(run_dir, "train_unet")
+    device = pick_device()
+    check_made_from(run_dir, "train_unet")
+    vae = load_newest(run_dir, "vae_ckpt_epoch", "train_vae", AutoencoderKL(cfg), device)
+    unet = load_newest(run_dir, "ema_unet_ckpt" if args.ema else "unet_ckpt", "train_unet", UNetLatent(cfg), device)
+    t_embedder = load_newest(run_dir, "t_ember_ckpt", "train_unet", TimeEmbedding(cfg.time_dim), device)
+    text_encoder = make_text_encoder(args.text_encoder or cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device)
+
+    held_out, captions = read_pictures(open_dataset(cfg)[1], cfg, "held-out pictures")
+    results = {"run_dir": run_dir, "ema": args.ema}
+    seed_step(cfg.seed, 0)
+    results["vae"] = held_out_figures(vae, (to_float(x, device) for x in held_out.split(BATCH)))
+    results["denoising"] = denoising_losses(vae, unet, t_embedder, text_encoder, held_out, captions, cfg, device)
+    if cfg.dataset == "scenes":
+        results["prompts"] = prompt_accuracy(vae, unet, t_embedder, text_encoder, args, cfg, run_dir, device)
+    report(results)
+    text = json.dumps(results, indent=1)
+    write_whole(os.path.join(run_dir, "evaluation.json"), lambda path: open(path, "w").write(text))
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
+    parser.add_argument("--ema", action="store_true", help="measure the averaged weights")
+    parser.add_argument(
+        "--num_prompts", type=positive_int, default=256, help="prompts to judge, on scenes (default: 256)"
+    )
+    parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
+    return parser.parse_args()
+
+
+def denoising_losses(vae, unet, t_embedder, text_encoder, held_out, captions, cfg, device):
+    """-> {"mean": loss, "by_timestep": one loss per bin of t, least noise first}, at fixed noise."""
+    seed_step(cfg.seed, 0)
+    with torch.no_grad():
+        z = torch.cat([reparameterize(*vae.encode(to_float(x, device))) for x in held_out.split(BATCH)])
+    first_captions = [several[0] for several in captions]
+    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
+    t, loss = held_out_losses(unet, t_embedder, text_encoder, z, first_captions, alpha_bar, BATCH)
+    bins = (t * LOSS_BINS // cfg.timesteps).cpu()
+    by_bin = [loss.cpu()[bins == b].mean().item() for b in range(LOSS_BINS) if (bins == b).any()]
+    return {"mean": loss.mean().item(), "by_timestep": by_bin}
+
+
+def prompt_accuracy(vae, unet, t_embedder, text_encoder, args, cfg, run_dir, device):
+    """-> shares right of generated and of real scenes; writes the first pictures with what was asked for."""
+    classifier = train_classifier(cfg, device)
+    real, _ = read_pictures(Scenes(REAL_SERIES, REAL_SCENES, cfg.image_size), cfg, "real scenes")
+    real_labels = scene_labels(REAL_SERIES, REAL_SCENES)
+    prompts = [full_caption(s.subject, s.colour, s.place) for s in scenes_of(PROMPT_SERIES, args.num_prompts)]
+    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
+    images, progress = [], Progress(len(prompts), "generate")
+    for i in range(0, len(prompts), BATCH):
+        part = prompts[i : i + BATCH]
+        images.append(sample(unet, vae, t_embedder, text_encoder, part, cfg.timesteps, len(part),
+                             alpha_bar=alpha_bar, seeds=range(i, i + len(part))))  # fmt: skip
+        progress.update(len(part))
+    progress.close()
+    save_grid(os.path.join(run_dir, "evaluation_samples.png"), torch.cat(images)[:64], columns=8)
+    return {
+        "num_prompts": len(prompts),
+        "generated": accuracy(classifier, (2 * x - 1 for x in images), scene_labels(PROMPT_SERIES, len(prompts))),
+        "real": accuracy(classifier, (to_float(x, device) for x in real.split(BATCH)), real_labels),
+    }
+
+
+def report(results):
+    """Print the figures as a table."""
+    vae, denoising, prompts = results["vae"], results["denoising"], results.get("prompts")
+    print(f"VAE, held-out     MSE {vae['mse']:.4f}, PSNR {vae['psnr_db']:.1f} dB, "
+          f"latent mean {vae['latent_mean']:+.3f}, std {vae['latent_std']:.3f}")  # fmt: skip
+    print(f"noise loss        {denoising['mean']:.4f}; by timestep "
+          + " ".join(f"{v:.3f}" for v in denoising["by_timestep"]))  # fmt: skip
+    for kind in ("generated", "real") if prompts else ():
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prompts[kind].items())
+        print(f"prompts, {kind:9}{shares}")
+
+
+class SceneClassifier(nn.Module):
+    """x: (B, 3, 64, 64) in [-1, 1] -> logits of subject, colour and place."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 64, 128, 128)
+        layers = []
+        for a, b in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU())  # (B, 256)
+        self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in ATTRIBUTES.values()])
+
+    def forward(self, x):
+        h = self.features(F.interpolate(x, CLASSIFIER_SIZE, mode="area"))
+        return [head(h) for head in self.heads]
+
+
+def scene_labels(series, count):
+    """-> (count, 3) int64: subject, colour and place of the scenes of a series."""
+    rows = [[names.index(getattr(s, a)) for a, names in ATTRIBUTES.items()] for s in scenes_of(series, count)]
+    return torch.tensor(rows)
+
+
+def scenes_of(series, count):
+    return [make_scene(series, i) for i in range(count)]
+
+
+def train_classifier(cfg, device):
+    """Train on freshly painted scenes, a little noise added so that it does not lean on single pixels."""
+    labels = scene_labels(CLASSIFIER_SERIES, CLASSIFIER_SCENES).to(device)
+    pixels, _ = read_pictures(Scenes(CLASSIFIER_SERIES, CLASSIFIER_SCENES, cfg.image_size), cfg, "classifier's scenes")
+    seed_step(CLASSIFIER_SERIES, 0)
+    classifier = SceneClassifier().to(device)
+    steps = CLASSIFIER_EPOCHS * len(pixels) // 64
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    progress = Progress(steps, "train classifier")
+    for _ in range(steps):
+        index = torch.randint(len(pixels), (64,))
+        x = to_float(pixels[index], device)
+        logits = classifier(x + 0.1 * torch.randn_like(x))
+        loss = sum(F.cross_entropy(out, labels[index, i]) for i, out in enumerate(logits))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.update()
+    progress.close()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier, batches, labels):
+    """batches of x (B, 3, H, W) in [-1, 1] -> share right, by attribute and with all three right."""
+    read = torch.cat([torch.stack([out.argmax(1) for out in classifier(x)], dim=1) for x in batches])
+    right = read == labels.to(read.device)
+    return {a: right[:, i].float().mean().item() for i, a in enumerate(ATTRIBUTES)} | {
+        "all": right.all(dim=1).float().mean().item()
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

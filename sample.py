@@ -1,0 +1,124 @@
+"""Make pictures of prompts with a trained run.
+
+  python sample.py --prompt "a red sports car"
+  python sample.py --prompt "a dog on the grass" "a blue house at night" --num_images 9 --seed 7
+
+Writes one PNG per picture and a grid per prompt, never over an existing file, and says where. Picture k depends
+on seed + k alone. Each PNG carries prompt and settings in its `parameters` text, where picture browsers look.
+What it is not: no schedule, no model and no sampling formula is here; they come from the run directory and diffusion.py.
+"""
+
+import math
+import os
+import re
+import sys
+
+import torch
+from PIL import PngImagePlugin
+from torchvision.utils import make_grid
+
+from config import Parser, UserError, positive_int
+from diffusion import SAMPLERS, baab, sample
+from text_encoder import make_text_encoder
+from training import (
+    Progress,
+    check_made_from,
+    load_newest,
+    newest_checkpoint,
+    newest_run,
+    pick_device,
+    read_config,
+    run_script,
+    to_pil,
+    write_whole,
+)
+from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL
+
+IMAGES_PER_BATCH = 32
+MAX_SEED = 2**63 - 1
+
+
+def main():
+    args = parse_args()
+    run_dir = args.run_dir or newest_run("train_unet")
+    cfg = read_config(run_dir, "train_unet")
+    steps = args.steps or cfg.timesteps
+    if steps > cfg.timesteps:
+        print(f"error: --steps: {steps} is out of range; give 1 to {cfg.timesteps}", file=sys.stderr)
+        sys.exit(2)
+    device = pick_device()
+    check_made_from(run_dir, "train_unet")
+    prefix = "ema_unet_ckpt" if args.ema else "unet_ckpt"
+    model_name = os.path.basename(newest_checkpoint(run_dir, prefix, "train_unet"))
+    vae = load_newest(run_dir, "vae_ckpt_epoch", "train_vae", AutoencoderKL(cfg), device)
+    unet = load_newest(run_dir, prefix, "train_unet", UNetLatent(cfg), device)
+    t_embedder = load_newest(run_dir, "t_ember_ckpt", "train_unet", TimeEmbedding(cfg.time_dim), device)
+    source = args.text_encoder or cfg.text_encoder
+    text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length).to(device).eval()
+    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
+
+    out = args.out or os.path.join(run_dir, "samples")
+    os.makedirs(out, exist_ok=True)
+    progress = Progress(len(args.prompt) * args.num_images, "sample")
+    for prompt in args.prompt:
+        images = []
+        for first in range(0, args.num_images, IMAGES_PER_BATCH):
+            seeds = [args.seed + k for k in range(first, min(first + IMAGES_PER_BATCH, args.num_images))]
+            x = sample(unet, vae, t_embedder, text_encoder, prompt, steps, len(seeds),
+                       alpha_bar=alpha_bar, sampler=args.sampler, seeds=seeds).cpu()  # fmt: skip
+            for image, seed in zip(x, seeds):
+                if not image.isfinite().all():
+                    raise UserError(f"{model_name}: gives values that are not numbers; train again with a lower --lr")
+                save_png(
+                    out, prompt, f"seed{seed}", image, parameters(prompt, steps, args.sampler, seed, image, model_name)
+                )
+            images.append(x)
+            progress.update(len(seeds))
+        images = torch.cat(images)
+        grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))))
+        path = save_png(
+            out, prompt, "grid", grid, parameters(prompt, steps, args.sampler, args.seed, images[0], model_name)
+        )
+        print(f"wrote {len(images)} pictures of {prompt!r}, and {path}")
+    progress.close()
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts, each in quotes")
+    parser.add_argument("--num_images", type=positive_int, default=4, help="pictures per prompt (default: 4)")
+    parser.add_argument("--steps", type=positive_int, help="denoising steps, at most the T of training (default: T)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: ddpm)")
+    parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
+    parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
+    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
+    parser.add_argument("--out", help="folder for the pictures (default: <run_dir>/samples)")
+    args = parser.parse_args()
+    if not 0 <= args.seed <= MAX_SEED - args.num_images:
+        parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")
+    return args
+
+
+def parameters(prompt, steps, sampler, seed, image, model_name):
+    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, then one line of settings."""
+    size = f"{image.shape[2]}x{image.shape[1]}"
+    return (f"{' '.join(prompt.split())}\nSteps: {steps}, Sampler: {sampler.upper()}, CFG scale: 1, Seed: {seed}, "
+            f"Size: {size}, Model: {os.path.splitext(model_name)[0]}")  # fmt: skip
+
+
+def save_png(folder, prompt, ending, image, text):
+    """Save (3, H, W) in [0, 1] under a free name made from the prompt -> the path."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", text.encode("utf-8", "replace").decode())
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
+    number = 1
+    while os.path.exists(path := os.path.join(folder, f"{slug}_{ending}{f'_{number}' if number > 1 else ''}.png")):
+        number += 1
+    write_whole(path, lambda temporary: to_pil(image).save(temporary, format="PNG", pnginfo=info))
+    return path
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,95 @@
+"""Fixtures: tiny settings, a tiny finished run, and the directory with real data that `.ci/run` names."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import PRESETS, SDConfig  # noqa: E402
+
+# A whole pipeline in seconds: the demo's structure at the smallest size.
+TINY = {
+    "dataset": "scenes", "text_encoder": "hash", "image_size": 32, "max_images": 24, "held_out_images": 8,
+    "block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+    "unet_block_out_channels": (16, 32), "time_dim": 64, "text_length": 12,
+    "batch_size": 8, "num_epochs": 2, "num_workers": 0, "timesteps": 20, "lr": 1e-3,
+}  # fmt: skip
+
+
+def flags(settings):
+    """{"batch_size": 8, "skip_bad": True} -> ["--batch_size", "8", "--skip_bad"]."""
+    words = []
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def run_script(script, *args, cwd, env=None):
+    """Run a script as a user would, in `cwd` -> CompletedProcess with text output."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=cwd, capture_output=True, text=True, timeout=280, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+def assert_one_line_error(result, code, *words):
+    """The promise for every mistake of a user: exit code, one `error:` line last, no traceback."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.stderr
+    for word in words:
+        assert word in last, (word, last)
+
+
+@pytest.fixture(params=["coco", "demo"])
+def preset(request):
+    return SDConfig(**PRESETS[request.param])
+
+
+@pytest.fixture
+def tiny():
+    return SDConfig(**TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A directory in which both trainers have run with TINY settings, into `run`."""
+    cwd = tmp_path_factory.mktemp("tiny")
+    for script in ("train_vae.py", "train_unet.py"):
+        result = run_script(script, "--preset", "demo", "--run_dir", "run", *flags(TINY), cwd=cwd)
+        assert result.returncode == 0, result.stderr
+    return cwd
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The directory with coco-mini/ and clip-tokenizer/."""
+    path = os.environ.get("SD_TEST_DATA")
+    if not path or not os.path.isdir(path):
+        pytest.skip("SD_TEST_DATA does not name the directory with coco-mini/ and clip-tokenizer/")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def clip_dir(real_data, tmp_path_factory):
+    """A CLIP directory with the real tokenizer and config, and random weights."""
+    import shutil
+
+    import torch
+    from transformers import CLIPConfig, CLIPTextModel
+
+    path = tmp_path_factory.mktemp("clip") / "clip"
+    shutil.copytree(real_data / "clip-tokenizer", path)
+    path.chmod(0o755)
+    for file in path.iterdir():
+        file.chmod(0o644)
+    torch.manual_seed(0)
+    CLIPTextModel(CLIPConfig.from_pretrained(path).text_config).save_pretrained(path)
+    return path

@@ -1,0 +1,106 @@
+"""Promises of config.py: defaults once, flags from fields, mistakes answered in one line with exit code 2."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+
+from config import PRESETS, VAE_PRESETS, SDConfig, UserError, parse_training_args
+
+RECIPE = {
+    "image_size": 128, "max_images": 40_000, "latent_channels": 4, "block_out_channels": (64, 128, 256, 256),
+    "beta": 1e-5, "batch_size": 32, "num_epochs": 15, "lr": 1e-4, "timesteps": 200, "beta_start": 1e-4,
+    "beta_end": 0.02, "weight_decay": 1e-4, "ema_decay": 0.9999, "lr_schedule": "cosine", "text_encoder": "clip",
+}  # fmt: skip
+
+
+def test_the_coco_preset_is_the_recipe():
+    cfg = SDConfig(**PRESETS["coco"])
+    assert {name: getattr(cfg, name) for name in RECIPE} == RECIPE
+    assert cfg.latent_size == 16
+
+
+def test_a_preset_states_only_what_differs():
+    defaults = SDConfig()
+    for preset in (*PRESETS.values(), *VAE_PRESETS.values()):
+        for name, value in preset.items():
+            assert value != getattr(defaults, name) or preset is VAE_PRESETS["demo"], name
+
+
+def test_every_field_is_read_by_some_module():
+    source = "".join(p.read_text() for p in Path(ROOT).glob("*.py") if p.name != "config.py")
+    source += (ROOT / "config.py").read_text().split("def __post_init__")[1]
+    unread = [f.name for f in fields(SDConfig) if not re.search(rf"cfg\.{f.name}\b|self\.{f.name}\b", source)]
+    assert not unread
+
+
+def test_config_imports_no_torch():
+    """A mistyped flag is answered without waiting for torch."""
+    assert "torch" not in re.findall(r"^(?:import|from) (\w+)", (ROOT / "config.py").read_text(), re.M)
+
+
+def test_flags_override_the_stage_which_overrides_the_preset(capsys):
+    cfg, args = parse_training_args("", "vae", ["--preset", "coco", "--lr", "0.5", "--block_out_channels", "32", "64"])
+    assert (cfg.lr, cfg.block_out_channels, cfg.lr_schedule) == (0.5, (32, 64), "constant")
+    assert args.run_dir.endswith("coco")
+    assert parse_training_args("", "unet", ["--preset", "coco"])[0].lr_schedule == "cosine"
+
+
+@pytest.mark.parametrize("argv, preset, reason", [
+    (["--preset", "demo"], "demo", "--preset"),
+    (["--dataset", "folder"], "coco", "--dataset"),
+    (["--data_root", "x"], "coco", "--data_root"),
+    ([], "demo", "not there"),
+])  # fmt: skip
+def test_the_first_line_says_which_preset_and_why(argv, preset, reason, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_training_args("", "unet", argv)[1].preset == preset
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"preset {preset}") and reason in line
+
+
+def test_coco_is_chosen_where_its_captions_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    captions = tmp_path / SDConfig().data_root / SDConfig().captions_json
+    captions.parent.mkdir(parents=True)
+    captions.write_text("{}")
+    assert parse_training_args("", "unet", [])[1].preset == "coco"
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--no_such_flag", "1"], "--no_such_flag"),
+    (["--batch_siz", "4"], "--batch_siz"),
+    (["--batch_size", "0"], "--batch_size"),
+    (["--batch_size", "many"], "--batch_size"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "-1"], "--lr"),
+    (["--num_workers", "-1"], "--num_workers"),
+    (["--seed", "-1"], "--seed"),
+    (["--image_size", "100"], "--image_size"),
+    (["--norm_num_groups", "7"], "--block_out_channels"),
+    (["--num_heads", "3"], "--unet_block_out_channels"),
+    (["--time_dim", "100"], "--time_dim"),
+    (["--beta_start", "0.5"], "--beta_start"),
+    (["--lr_schedule", "linear"], "--lr_schedule"),
+    (["--dataset", "imagenet"], "--dataset"),
+    (["--max_steps", "0"], "--max_steps"),
+    (["--preset", "huge"], "--preset"),
+])  # fmt: skip
+def test_a_mistake_ends_in_one_line_and_code_2(argv, word, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse_training_args("", "unet", argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+def test_settings_are_checked_in_python_too():
+    with pytest.raises(UserError, match="--timesteps"):
+        SDConfig(timesteps=0)
+
+
+def test_a_mistake_in_a_script_has_the_same_form(tmp_path):
+    assert_one_line_error(run_script("train_vae.py", "--epochs", "3", cwd=tmp_path), 2, "--epochs")
+    assert_one_line_error(run_script("sample.py", cwd=tmp_path), 2, "--prompt")
+    assert_one_line_error(run_script("sample.py", "--prompt", cwd=tmp_path), 2, "--prompt")

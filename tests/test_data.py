@@ -1,0 +1,225 @@
+"""Promises of data.py and scenes.py: the same pictures and captions everywhere, nothing skipped in silence."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import SDConfig, UserError
+from data import (
+    Pictures,
+    Scenes,
+    choose_captions,
+    coco_records,
+    folder_records,
+    open_dataset,
+    read_pictures,
+    read_square,
+)
+from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint
+
+
+def picture(path, colour=(200, 30, 40), size=(60, 40), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+
+
+def coco(root, captions):
+    """{file name: [captions]} -> a COCO layout under root, with pictures."""
+    images = [{"id": i, "file_name": name} for i, name in enumerate(captions)]
+    notes = [{"image_id": i, "caption": c} for i, name in enumerate(captions) for c in captions[name]]
+    for name in captions:
+        picture(root / "train2017" / name)
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations/captions_train2017.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    return SDConfig(data_root=str(root), image_size=32, num_workers=0)
+
+
+# ---- Scenes ----
+
+
+def test_scenes_are_a_pure_function_of_seed_and_index():
+    a, b = Scenes(0, 4, 32), Scenes(0, 9, 32)
+    assert a.captions == b.captions[:4] and torch.equal(a[3], b[3])
+    assert make_scene(0, 3) != make_scene(1, 3)
+
+
+def test_scenes_are_as_rich_as_promised():
+    assert len(SUBJECTS) >= 10 and len(COLOURS) >= 8 and len(PLACES) >= 6
+    scenes = [make_scene(0, i) for i in range(20_000)]
+    captions = {s.caption for s in scenes}
+    assert {"a dog on the grass", "a red sports car"} <= captions
+    assert len({(s.subject, s.colour, s.place) for s in scenes}) == len(SUBJECTS) * len(COLOURS) * len(PLACES)
+    for attribute in ("x", "y", "size", "facing", "light", "decoration"):
+        assert len({getattr(s, attribute) for s in scenes}) > 1, attribute
+
+
+def test_captions_say_what_is_painted():
+    for i in range(500):
+        s = make_scene(5, i)
+        assert s.subject in s.caption
+        said = [c for c in COLOURS if f" {c} " in f" {s.caption} "]
+        assert said in ([], [s.colour])
+        assert [p for p in PLACES if p in s.caption] in ([], [s.place])
+    assert full_caption("sports car", "orange", "at night") == "an orange sports car at night"
+
+
+def test_the_same_scene_at_two_sizes_is_the_same_picture():
+    s = make_scene(0, 1)
+    large = np.asarray(paint(s, 128).resize((32, 32), Image.Resampling.BOX), dtype=float)
+    assert np.abs(large - np.asarray(paint(s, 32), dtype=float)).mean() < 8
+
+
+def test_training_and_held_out_scenes_differ(tiny):
+    train, held_out = open_dataset(tiny)
+    assert not any(torch.equal(train[i], held_out[i]) for i in range(8))
+
+
+# ---- COCO ----
+
+
+def test_coco_subset_does_not_depend_on_the_order_of_the_file(tmp_path):
+    names = {f"{i:012d}.jpg": [f"caption {i}"] for i in range(30)}
+    coco(tmp_path / "a", names)
+    coco(tmp_path / "b", dict(reversed(names.items())))
+    a, b = (coco_records(tmp_path / x, "annotations/captions_train2017.json") for x in "ab")
+    strip = lambda records: [(p.rsplit("/", 1)[1], c) for p, c in records]  # noqa: E731
+    assert strip(a) == strip(b) != sorted(strip(a))
+
+
+def test_every_caption_is_kept_and_tidied(tmp_path):
+    cfg = coco(tmp_path, {"1.jpg": ["one\n", "  two  words "], "2.jpg": ["three"], "3.jpg": []})
+    records = dict(coco_records(cfg.data_root, cfg.captions_json))
+    assert sorted(records.values()) == [["one", "two words"], ["three"]]
+
+
+def test_held_out_pictures_are_not_trained_on(tmp_path):
+    cfg = coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(40)})
+    train, held_out = open_dataset(cfg)
+    assert len(train) == 36 and len(held_out) == 4 and not set(train.names) & set(held_out.names)
+
+
+def test_val2017_is_held_out_where_it_is(real_data):
+    train, held_out = open_dataset(SDConfig(data_root=str(real_data / "coco-mini"), num_workers=0))
+    assert len(train) == 80 and len(held_out) == 79
+    assert "train2017" in train.names[0] and "val2017" in held_out.names[0]
+
+
+def test_real_coco_pictures_become_rgb_squares(real_data):
+    """The set holds a greyscale JPEG and every orientation."""
+    cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2)
+    train, _ = open_dataset(cfg)
+    pixels, captions = read_pictures(train, cfg, "coco-mini")
+    assert pixels.shape == (80, 3, 128, 128) and pixels.dtype == torch.uint8
+    assert all(len(c) >= 5 for c in captions)
+    assert pixels.float().std(dim=(1, 2, 3)).min() > 5
+
+
+def test_missing_captions_say_how_to_get_them(tmp_path):
+    with pytest.raises(UserError, match="README.md.*--preset demo"):
+        open_dataset(SDConfig(data_root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"images": [], "annotations": []}', '{"images": [{"id": 1}], "annotations": []}',
+                                     '{"images": [{"id": 1, "file_name": "../x.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}'])  # fmt: skip
+def test_a_file_that_is_no_captions_file_is_refused(tmp_path, content):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_train2017.json").write_text(content)
+    with pytest.raises(UserError, match="captions_train2017.json") as e:
+        open_dataset(SDConfig(data_root=str(tmp_path)))
+    assert "\n" not in str(e.value)
+
+
+# ---- Your own folder ----
+
+
+def test_a_folder_with_sidecar_captions(tmp_path):
+    picture(tmp_path / "images/cat.jpg")
+    picture(tmp_path / "images/dog.PNG")
+    (tmp_path / "images/cat.txt").write_text("a cat\nthe same cat\n")
+    (tmp_path / "images/dog.txt").write_text("a dog")
+    records = {p.rsplit("/", 1)[1]: c for p, c in folder_records(str(tmp_path))}
+    assert records == {"cat.jpg": ["a cat", "the same cat"], "dog.PNG": ["a dog"]}
+
+
+def test_a_folder_with_metadata(tmp_path):
+    picture(tmp_path / "images/cat.jpg")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/cat.jpg", "text": "a cat"}\n\n')
+    ((path, captions),) = folder_records(str(tmp_path))
+    assert captions == ["a cat"] and read_square(path, 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("lines", ["not json", '{"file_name": "x.jpg"}', '["x.jpg", "text"]'])
+def test_a_bad_line_of_metadata_is_named(tmp_path, lines):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "x"}\n' + lines)
+    with pytest.raises(UserError, match="line 2"):
+        folder_records(str(tmp_path))
+
+
+def test_a_picture_without_a_caption_is_named(tmp_path):
+    picture(tmp_path / "images/cat.jpg")
+    with pytest.raises(UserError, match="cat.jpg"):
+        folder_records(str(tmp_path))
+
+
+# ---- Reading ----
+
+
+@pytest.mark.parametrize("mode, ending", [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("1", "png")])
+def test_every_mode_becomes_rgb(tmp_path, mode, ending):
+    picture(tmp_path / f"x.{ending}", mode=mode)
+    assert read_square(tmp_path / f"x.{ending}", 24).mode == "RGB"
+
+
+def test_the_square_is_the_centre(tmp_path):
+    stripes = Image.new("RGB", (90, 30), (255, 0, 0))
+    stripes.paste((0, 255, 0), (30, 0, 60, 30))
+    stripes.save(tmp_path / "x.png")
+    assert read_square(tmp_path / "x.png", 10).getcolors() == [(100, (0, 255, 0))]
+
+
+def test_a_turned_photograph_is_set_upright(tmp_path):
+    x = Image.new("RGB", (40, 40), (0, 0, 0))
+    x.paste((255, 255, 255), (0, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    x.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    upright = read_square(tmp_path / "x.jpg", 8)
+    assert max(upright.getpixel((4, 1))) < 30 and min(upright.getpixel((4, 6))) > 225
+
+
+def spoil(path, how):
+    data = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "html": b"<html>404</html>"}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "html", "missing"])
+def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_path, how, capsys):
+    cfg = coco(tmp_path, {f"{i}.jpg": [f"caption {i}"] for i in range(6)})
+    spoil(tmp_path / "train2017/3.jpg", how)
+    data = Pictures(coco_records(cfg.data_root, cfg.captions_json), 32)
+    with pytest.raises(UserError, match=r"1 of 6 pictures.*3\.jpg.*--skip_bad"):
+        read_pictures(data, cfg, "pictures")
+    skipping = SDConfig(data_root=cfg.data_root, image_size=32, num_workers=0, skip_bad=True)
+    pixels, captions = read_pictures(data, skipping, "pictures")
+    assert len(pixels) == len(captions) == 5 and ["caption 3"] not in captions
+    assert "3.jpg" in capsys.readouterr().out
+
+
+def test_workers_change_nothing(tmp_path):
+    cfg = SDConfig(dataset="scenes", image_size=32, num_workers=0)
+    two = SDConfig(dataset="scenes", image_size=32, num_workers=2)
+    a, b = (read_pictures(Scenes(0, 130, 32), c, "scenes")[0] for c in (cfg, two))
+    assert torch.equal(a, b)
+
+
+def test_captions_are_chosen_by_the_seed():
+    captions = [["a", "b", "c", "d"]] * 50
+    torch.manual_seed(1)
+    first = choose_captions(captions, torch.arange(50))
+    torch.manual_seed(1)
+    assert first == choose_captions(captions, torch.arange(50)) and set(first) == set("abcd")

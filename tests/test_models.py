@@ -1,0 +1,152 @@
+"""Promises of vae.py and unet.py: diffusers' names and numbers, the recipe's sizes, the paper's losses.
+
+diffusers is the independent oracle: the same weights, loaded strictly both ways, must give the same output.
+"""
+
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKL as TheirVAE
+from diffusers import UNet2DConditionModel as TheirUNet
+
+from config import PRESETS, SDConfig
+from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL, held_out_figures, reparameterize, vae_loss
+
+TOLERANCE = 1e-4
+
+
+def their_vae(cfg):
+    n = len(cfg.block_out_channels)
+    return TheirVAE(
+        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
+        block_out_channels=cfg.block_out_channels, layers_per_block=cfg.layers_per_block,
+        latent_channels=cfg.latent_channels, norm_num_groups=cfg.norm_num_groups,
+        use_quant_conv=False, use_post_quant_conv=False,
+    ).eval()  # fmt: skip
+
+
+def their_unet(cfg):
+    n = len(cfg.unet_block_out_channels)
+    return TheirUNet(
+        sample_size=cfg.latent_size, in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
+        down_block_types=["CrossAttnDownBlock2D"] * n, up_block_types=["CrossAttnUpBlock2D"] * n,
+        only_cross_attention=[True] * (n - 1) + [False], block_out_channels=cfg.unet_block_out_channels,
+        layers_per_block=cfg.unet_layers_per_block, norm_num_groups=cfg.norm_num_groups,
+        cross_attention_dim=cfg.text_dim, attention_head_dim=cfg.num_heads, use_linear_projection=True,
+        time_embedding_dim=cfg.time_dim,
+    ).eval()  # fmt: skip
+
+
+def randomize(module):
+    """Fill every weight, the zero-initialised ones too, so that a wrong connection cannot hide."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            scale = 1 / math.sqrt(p[0].numel()) if p.dim() > 1 else 0.1
+            p.copy_(torch.randn_like(p) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return module.eval()
+
+
+def test_vae_equals_diffusers_with_the_same_weights(preset):
+    ours, theirs = randomize(AutoencoderKL(preset)), their_vae(preset)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(2, 3, preset.image_size, preset.image_size) * 2 - 1
+    with torch.no_grad():
+        mu, log_var = ours.encode(x)
+        posterior = theirs.encode(x).latent_dist
+        assert (mu - posterior.mean).abs().max() <= TOLERANCE
+        assert (log_var - posterior.logvar).abs().max() <= TOLERANCE
+        assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
+
+
+def test_unet_equals_diffusers_with_the_same_weights(preset):
+    ours, t_ember, theirs = randomize(UNetLatent(preset)), randomize(TimeEmbedding(preset.time_dim)), their_unet(preset)
+    merged = ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()}
+    theirs.load_state_dict(merged, strict=True)
+    back = theirs.state_dict()
+    t_ember.load_state_dict(
+        {k.removeprefix("time_embedding."): back.pop(k) for k in list(back) if "time_embedding" in k}
+    )
+    ours.load_state_dict(back, strict=True)
+    z = torch.randn(3, *ours.latent_shape)
+    t = torch.tensor([0, 7, preset.timesteps - 1])
+    text_emb = torch.randn(3, preset.text_length, preset.text_dim)
+    with torch.no_grad():
+        assert (ours(z, t_ember(t), text_emb) - theirs(z, t, text_emb).sample).abs().max() <= TOLERANCE
+
+
+def test_the_recipes_sizes():
+    cfg = SDConfig(**PRESETS["coco"])
+    vae, unet, t_ember = AutoencoderKL(cfg), UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
+    with torch.no_grad():
+        mu, log_var = vae.encode(torch.zeros(1, 3, 128, 128))
+        assert mu.shape == log_var.shape == (1, 4, 16, 16)
+        assert vae.decoder(mu).shape == (1, 3, 128, 128)
+        assert len(vae(torch.zeros(1, 3, 128, 128))) == 3
+    parameters = sum(p.numel() for m in (unet, t_ember) for p in m.parameters())
+    assert 20.5e6 <= parameters <= 21.5e6
+
+
+def test_the_unet_starts_by_predicting_nothing():
+    """Zero-initialised output: the first loss is that of the zero prediction, whatever the input."""
+    cfg = SDConfig(**PRESETS["demo"])
+    with torch.no_grad():
+        eps = UNetLatent(cfg)(
+            torch.randn(2, *(cfg.latent_channels, 16, 16)), torch.randn(2, cfg.time_dim), torch.randn(2, 5, 512)
+        )
+    assert eps.abs().max() == 0
+
+
+def test_the_caption_reaches_the_prediction(tiny):
+    unet = randomize(UNetLatent(tiny))
+    z, t_emb = torch.randn(2, *unet.latent_shape), torch.randn(2, tiny.time_dim)
+    with torch.no_grad():
+        a, b = (unet(z, t_emb, torch.randn(2, 5, tiny.text_dim)) for _ in range(2))
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_time_embedding_starts_from_cosines_and_sines():
+    """At t = 0 every cosine is 1 and every sine 0; the first frequency is 1 radian per step."""
+    t_ember = TimeEmbedding(64)
+    seen = []
+    t_ember.linear_1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    t_ember(torch.tensor([0, 3]))
+    assert torch.equal(seen[0][0], torch.tensor([1.0] * 8 + [0.0] * 8))
+    assert seen[0][1, 0].item() == pytest.approx(math.cos(3), abs=1e-6)
+    assert seen[0][1, 8].item() == pytest.approx(math.sin(3), abs=1e-6)
+
+
+def test_vae_loss_is_the_papers():
+    """Against torch.distributions: KL summed over a latent, averaged over the batch; MSE averaged over pixels."""
+    mu, log_var = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    x, x_hat = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, (0.5 * log_var).exp()), normal(0.0, 1.0)).flatten(1).sum(1).mean()
+    mse = ((x - x_hat) ** 2).mean()
+    loss, our_mse, our_kl = vae_loss(x, mu, log_var, x_hat, beta=0.01)
+    torch.testing.assert_close((loss, our_mse, our_kl), (mse + 0.01 * kl, mse, kl))
+
+
+def test_reparameterize_draws_from_the_posterior():
+    torch.manual_seed(0)
+    z = reparameterize(torch.full((200_000,), 3.0), torch.full((200_000,), 2 * math.log(0.5)))
+    assert z.mean().item() == pytest.approx(3.0, abs=0.01) and z.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_held_out_figures_against_a_direct_computation(tiny):
+    vae = randomize(AutoencoderKL(tiny))
+    x = torch.rand(6, 3, 32, 32) * 2 - 1
+    torch.manual_seed(1)
+    figures = held_out_figures(vae, [x])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        z = reparameterize(*vae.encode(x))
+        mse = ((vae.decoder(z) - x) ** 2).mean().item()
+    assert figures["mse"] == pytest.approx(mse, rel=1e-5)
+    assert figures["psnr_db"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-5)
+    assert figures["latent_mean"] == pytest.approx(z.mean().item(), abs=1e-5)
+    assert figures["latent_std"] == pytest.approx(z.std(correction=0).item(), rel=1e-4)
+    assert figures["latent_std_2"] == pytest.approx(z[:, 2].std(correction=0).item(), rel=1e-4)

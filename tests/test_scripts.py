@@ -1,0 +1,253 @@
+"""Promises of the scripts, from outside: the documented commands, their files, their answers to mistakes."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, assert_one_line_error, flags, run_script
+from PIL import Image
+
+from config import SDConfig
+from diffusion import baab, sample
+from text_encoder import WordHashTextEncoder
+from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL
+
+
+def rows(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def load_by_hand(run, cfg):
+    """The recipe's way: build the three modules, torch.load the three plain state_dicts."""
+    vae = AutoencoderKL(cfg)
+    vae.load_state_dict(torch.load(run / "vae_ckpt_epoch2.pth", map_location="cpu", weights_only=True))
+    unet = UNetLatent(cfg)
+    unet.load_state_dict(torch.load(run / "unet_ckpt2.pth", map_location="cpu", weights_only=True))
+    t_ember = TimeEmbedding(cfg.time_dim)
+    t_ember.load_state_dict(torch.load(run / "t_ember_ckpt2.pth", map_location="cpu", weights_only=True))
+    return vae.eval(), unet.eval(), t_ember.eval()
+
+
+def test_a_run_leaves_what_the_contract_lists(tiny_run):
+    run = tiny_run / "run"
+    for name in ("vae_ckpt_epoch2.pth", "unet_ckpt2.pth", "t_ember_ckpt2.pth", "ema_unet_ckpt2.pth", "config.json",
+                 "vae_curves.png", "unet_curves.png", "vae_pictures_epoch1.png", "vae_pictures_epoch2.png",
+                 "unet_samples_epoch1.png", "unet_samples_epoch2.png"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    assert not list(run.glob("*.tmp"))
+    assert [r["epoch"] for r in rows(run / "vae_held_out.csv")] == ["1", "2"]
+    assert {"mse", "psnr_db", "latent_mean", "latent_std", "latent_mean_3", "latent_std_3"} <= set(
+        rows(run / "vae_held_out.csv")[0]
+    )
+    assert rows(run / "unet_train.csv")[-1]["step"] == "6"
+    record = json.loads((run / "config.json").read_text())
+    assert record["train_unet"]["settings"]["batch_size"] == TINY["batch_size"]
+    assert record["train_unet"]["finished_epoch"] == record["train_vae"]["finished_epoch"] == 2
+
+
+def test_the_recipes_own_snippet_gives_the_picture_of_sample(tiny_run):
+    """The loop of the recipe, as its readers will paste it, against sample() from the same random state."""
+    cfg = SDConfig(**TINY)
+    vae, unet, t_embedder = load_by_hand(tiny_run / "run", cfg)
+    text_encoder = WordHashTextEncoder(cfg.text_dim, cfg.text_length)
+    prompt, num_samples, num_steps, device = "a red sports car", 2, 200, "cpu"
+
+    torch.manual_seed(3)
+    with torch.no_grad():
+        text_emb = text_encoder([prompt] * num_samples)
+        z = torch.randn(num_samples, cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
+        beta, alpha, alpha_bar = baab()
+        beta, alpha, alpha_bar = beta.to(device), alpha.to(device), alpha_bar.to(device)
+        for t in reversed(range(num_steps)):
+            t_batch = torch.full((num_samples,), t, device=device, dtype=torch.long)
+            eps_pred = unet(z, t_embedder(t_batch), text_emb)
+            noise = torch.randn_like(z) if t > 0 else torch.zeros_like(z)
+            mean = (z - ((1 - alpha[t]) / torch.sqrt(1 - alpha_bar[t])) * eps_pred) / torch.sqrt(alpha[t])
+            z = mean + torch.sqrt(beta[t]) * noise
+        theirs = (vae.decoder(z).clamp(-1, 1) + 1) / 2
+
+    torch.manual_seed(3)
+    ours = sample(unet, vae, t_embedder, text_encoder, prompt)[:0]  # the recipe's call runs as it stands
+    torch.manual_seed(3)
+    ours = sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_samples=2)
+    assert (ours - theirs).abs().max() < 1e-3 and theirs.std() > 0.01
+
+
+def test_training_is_a_function_of_its_seed(tiny_run, tmp_path):
+    """The same command twice gives the same bits; another seed does not."""
+    for run, seed in (("same", 0), ("other", 1)):
+        result = run_script(
+            "train_vae.py", "--preset", "demo", "--run_dir", run, *flags(TINY | {"seed": seed}), cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+    first, same, other = (torch.load(p / "vae_ckpt_epoch2.pth", weights_only=True)["decoder.conv_out.weight"]
+                          for p in (tiny_run / "run", tmp_path / "same", tmp_path / "other"))  # fmt: skip
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_a_finished_run_is_left_alone(tiny_run):
+    before = {p.name: p.read_bytes() for p in (tiny_run / "run").iterdir() if p.is_file()}
+    for script in ("train_vae.py", "train_unet.py"):
+        result = run_script(script, "--preset", "demo", "--run_dir", "run", *flags(TINY), cwd=tiny_run)
+        assert result.returncode == 0 and "finished" in result.stdout
+    changed = run_script(
+        "train_unet.py", "--preset", "demo", "--run_dir", "run", *flags(TINY | {"lr": 0.5}), cwd=tiny_run
+    )
+    assert_one_line_error(changed, 1, "lr was 0.001, now 0.5", "--overwrite")
+    assert before == {p.name: p.read_bytes() for p in (tiny_run / "run").iterdir() if p.is_file()}
+
+
+def test_max_steps_finishes_as_a_whole_run_would_and_overwrite_starts_over(tmp_path):
+    command = ["--preset", "demo", "--run_dir", "run", *flags(TINY)]
+    assert run_script("train_vae.py", *command, cwd=tmp_path).returncode == 0
+    assert run_script("train_vae.py", *command, "--max_steps", 2, "--overwrite", cwd=tmp_path).returncode == 0
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.pth")) == ["vae_ckpt_epoch1.pth"]
+    assert rows(tmp_path / "run/vae_train.csv")[-1]["step"] == "2"
+    assert (tmp_path / "run/vae_pictures_epoch1.png").exists()
+
+
+def test_sample_writes_pictures_a_grid_and_their_parameters(tiny_run, tmp_path):
+    command = ["--prompt", "a red sports car", "--run_dir", "run", "--seed", 5, "--steps", 4, "--out", tmp_path / "out"]
+    result = run_script("sample.py", *command, cwd=tiny_run)
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "a-red-sports-car_grid.png", *(f"a-red-sports-car_seed{k}.png" for k in range(5, 9))]  # fmt: skip
+    assert "a-red-sports-car_grid.png" in result.stdout
+    with Image.open(tmp_path / "out/a-red-sports-car_grid.png") as grid:
+        assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
+    with Image.open(tmp_path / "out/a-red-sports-car_seed7.png") as image:
+        prompt, settings = image.text["parameters"].split("\n")
+    found = dict(re.findall(r"\s*([\w ]+):\s*([^,]+)", settings))
+    assert prompt == "a red sports car"
+    assert found | {"Steps": "4", "Sampler": "DDPM", "Seed": "7", "Size": "32x32", "Model": "unet_ckpt2"} == found
+
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert run_script("sample.py", *command, "--num_images", 1, cwd=tiny_run).returncode == 0
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert after | before == after and len(after) == 7
+    assert (
+        Image.open(tmp_path / "out/a-red-sports-car_seed5_2.png").tobytes()
+        == Image.open(tmp_path / "out/a-red-sports-car_seed5.png").tobytes()
+    )
+
+
+def test_ema_weights_are_sampled_only_on_request(tiny_run, tmp_path):
+    outs = {}
+    for name, extra in (("plain", []), ("ema", ["--ema"])):
+        assert (
+            run_script(
+                "sample.py",
+                "--prompt",
+                "x",
+                "--run_dir",
+                "run",
+                "--steps",
+                2,
+                "--num_images",
+                1,
+                "--out",
+                tmp_path / name,
+                *extra,
+                cwd=tiny_run,
+            ).returncode
+            == 0
+        )
+        with Image.open(tmp_path / name / "x_seed0.png") as image:
+            outs[name] = image.text["parameters"]
+    assert "Model: unet_ckpt2" in outs["plain"] and "Model: ema_unet_ckpt2" in outs["ema"]
+
+
+def test_odd_prompts_become_tame_file_names(tiny_run, tmp_path):
+    prompts = ["../../etc/passwd", "\x1b[31mred\n", "-" * 300 + "é", ""]
+    result = run_script("sample.py", "--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path / "out",
+                        "--prompt", *prompts[:2], *prompts[3:], cwd=tiny_run)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"{s}_{e}.png" for s in ("etc-passwd", "31mred", "prompt") for e in ("seed0", "grid")
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--steps", "0"], "--steps"), (["--steps", "21"], "1 to 20"), (["--seed", "-1"], "--seed"),
+    (["--seed", str(2**64)], "--seed"), (["--num_images", "0"], "--num_images"), (["--sampler", "magic"], "--sampler"),
+])  # fmt: skip
+def test_sample_refuses_values_out_of_range(tiny_run, argv, word):
+    assert_one_line_error(run_script("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)
+
+
+def test_what_is_missing_names_the_command_that_makes_it(tmp_path, tiny_run):
+    assert_one_line_error(run_script("sample.py", "--prompt", "x", cwd=tmp_path), 1, "train_vae.py", "train_unet.py")
+    assert_one_line_error(run_script("train_unet.py", "--preset", "demo", cwd=tmp_path), 1, "train_vae.py")
+    assert_one_line_error(
+        run_script("train_vae.py", "--preset", "coco", cwd=tmp_path), 1, "captions_train2017.json", "demo"
+    )
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "vae_ckpt_epoch2.pth"):
+        shutil.copy(tiny_run / "run" / name, tmp_path / "run")
+    assert_one_line_error(
+        run_script("sample.py", "--prompt", "x", "--run_dir", "run", cwd=tmp_path), 1, "train_unet.py"
+    )
+
+
+def test_a_vae_of_another_shape_or_age_is_refused(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    wider = flags(TINY | {"image_size": 64})
+    assert_one_line_error(
+        run_script("train_unet.py", "--preset", "demo", "--run_dir", "run", *wider, cwd=tmp_path), 1, "--image_size"
+    )
+    retrained = flags(TINY | {"seed": 9})
+    assert (
+        run_script(
+            "train_vae.py", "--preset", "demo", "--run_dir", "run", "--overwrite", *retrained, cwd=tmp_path
+        ).returncode
+        == 0
+    )
+    assert_one_line_error(
+        run_script("sample.py", "--prompt", "x", "--run_dir", "run", cwd=tmp_path), 1, "train_unet.py --overwrite"
+    )
+
+
+def test_damaged_checkpoints_are_refused(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    for content in (b"", b"<html>", (tmp_path / "run/unet_ckpt2.pth").read_bytes()[:5000]):
+        (tmp_path / "run/unet_ckpt2.pth").write_bytes(content)
+        assert_one_line_error(
+            run_script("sample.py", "--prompt", "x", "--run_dir", "run", cwd=tmp_path), 1, "unet_ckpt2.pth"
+        )
+
+
+def test_evaluate_measures_and_leaves_the_run_alone(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    result = run_script("evaluate.py", "--run_dir", "run", "--num_prompts", 4, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert 0 < figures["vae"]["mse"] < 2 and len(figures["denoising"]["by_timestep"]) <= 10
+    assert figures["prompts"]["real"]["all"] > 0.8 and 0 <= figures["prompts"]["generated"]["all"] <= 1
+    after = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert after | before == after
+
+
+@pytest.mark.slow
+def test_real_coco_pictures_real_tokens_whole_pipeline(real_data, clip_dir, tmp_path):
+    """coco-mini in the coco preset's architecture: both trainers, then sample.py; both losses fall."""
+    data = ["--preset", "coco", "--run_dir", "run", "--data_root", real_data / "coco-mini", "--held_out_images", 8,
+            "--lr", "1e-3", "--mixed_precision", "auto", "--text_encoder", clip_dir]  # fmt: skip
+    vae = run_script("train_vae.py", *data, "--batch_size", 2, "--max_steps", 36, cwd=tmp_path)
+    assert vae.returncode == 0, vae.stderr
+    unet = run_script("train_unet.py", *data, "--batch_size", 8, "--max_steps", 24, "--timesteps", 20, cwd=tmp_path)
+    assert unet.returncode == 0, unet.stderr
+    for name, column in (("vae_train.csv", "mse"), ("unet_train.csv", "loss")):
+        values = [float(r[column]) for r in rows(tmp_path / "run" / name)]
+        assert values[-1] < 0.9 * values[0], (name, values)
+    made = run_script("sample.py", "--prompt", "a dog on the grass", "--run_dir", "run", "--steps", 4, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    with Image.open(tmp_path / "run/samples/a-dog-on-the-grass_grid.png") as grid:
+        assert grid.size == (262, 262)

@@ -1,0 +1,133 @@
+"""Promises of text_encoder.py: fixed vectors for words, a whole CLIP or a clear refusal, no special tokens by text."""
+
+import shutil
+
+import pytest
+import torch
+
+from text_encoder import CLIP_NAME, ClipTextEncoder, WordHashTextEncoder, make_text_encoder
+
+
+def test_word_vectors_are_fixed():
+    """Drawn from a hash: the same in every process; the first numbers are pinned."""
+    a, b = WordHashTextEncoder(), WordHashTextEncoder()
+    assert torch.equal(a(["a red car"]), b(["A RED car!"]))
+    assert a(["red"]).shape == (1, 77, 512)
+    assert [round(v, 4) for v in a.vector("word red")[:3].tolist()] == PINNED_RED
+
+
+PINNED_RED = [0.0, 0.0, 0.0]
+
+
+def test_empty_caption_is_the_null_caption():
+    assert WordHashTextEncoder()([""]).abs().max() == 0
+
+
+def test_word_order_and_words_matter():
+    encoder = WordHashTextEncoder()
+    x = encoder(["dog red", "red dog", "red cat"])
+    assert not torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2])
+
+
+def test_words_are_far_apart():
+    """Random vectors in 512 dimensions: the largest of half a million cosines is about 0.23."""
+    encoder = WordHashTextEncoder()
+    v = torch.nn.functional.normalize(torch.stack([encoder.vector(f"word w{i}") for i in range(1000)]), dim=1)
+    assert ((v @ v.T) - torch.eye(1000)).abs().max() < 0.3
+
+
+def test_long_prompts_are_cut_and_it_says_so(capsys):
+    encoder = WordHashTextEncoder(16, 4)
+    assert torch.equal(encoder(["one two three four five six"]), encoder(["one two three four"]))
+    assert "five six" in capsys.readouterr().err
+
+
+def test_clip_gives_tokens_of_the_real_tokenizer(clip_dir):
+    encoder = ClipTextEncoder(str(clip_dir)).eval()
+    ids = encoder.tokenize(["a photo of a cat", ""])
+    assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+    assert ids[1].tolist() == [49406] + [49407] * 76
+    x = encoder(["a photo of a cat", "a dog"])
+    assert x.shape == (2, 77, 512) and x.dtype == torch.float32 and not x.requires_grad
+    assert not any(p.requires_grad for p in encoder.parameters())
+    from transformers import CLIPTextModel
+
+    reference = CLIPTextModel.from_pretrained(clip_dir).eval()(input_ids=ids[:1]).last_hidden_state
+    torch.testing.assert_close(x[:1], reference.detach())
+
+
+def test_special_tokens_in_a_prompt_are_plain_text(clip_dir):
+    encoder = ClipTextEncoder(str(clip_dir))
+    ids = encoder.tokenize(["a <|endoftext|> cat"])[0].tolist()
+    assert ids.index(49407) > 5 and 2368 in ids[: ids.index(49407)]
+
+
+def test_clip_cuts_at_77_tokens_and_says_what(clip_dir, capsys):
+    encoder = ClipTextEncoder(str(clip_dir))
+    ids = encoder.tokenize(["cat " * 75 + "dog horse"])[0]
+    assert ids.shape == (77,) and ids[-1] == 49407
+    assert "dog horse" in capsys.readouterr().err
+
+
+def test_a_lone_surrogate_is_no_crash(clip_dir):
+    assert ClipTextEncoder(str(clip_dir))(["a \ud800 cat"]).isfinite().all()
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors"])
+def test_an_incomplete_clip_directory_is_refused(clip_dir, tmp_path, missing):
+    """transformers gives an empty tokenizer, without a word, when its files are missing."""
+    copy = tmp_path / "clip"
+    shutil.copytree(clip_dir, copy)
+    for name in [missing] if missing.startswith("model") else [missing, "vocab.json", "merges.txt"]:
+        (copy / name).unlink()
+    with pytest.raises(OSError, match="--text_encoder") as e:
+        ClipTextEncoder(str(copy))
+    assert "\n" not in str(e.value) and str(copy) in str(e.value) and "hash" in str(e.value)
+
+
+def test_weights_of_another_model_are_refused(clip_dir, tmp_path):
+    """transformers would fill what is missing with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "clip"
+    shutil.copytree(clip_dir, copy)
+    weights = load_file(copy / "model.safetensors")
+    dropped = next(k for k in weights if "layers.3.mlp.fc1.weight" in k)
+    del weights[dropped]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match="lack"):
+        ClipTextEncoder(str(copy))
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_an_unreachable_hub_is_said_within_15_seconds(offline, tmp_path):
+    """In a process of its own: huggingface_hub reads its settings once, at import."""
+    from conftest import ROOT, subprocess, sys
+
+    env = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": offline,
+        "PATH": "/usr/bin:/bin",
+    }
+    code = "import text_encoder as t, time; s = time.time()\ntry: t.ClipTextEncoder()\nexcept OSError as e: print(e)\nprint(time.time() - s)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    ).stdout
+    message, seconds = out.strip().splitlines()
+    assert CLIP_NAME in message and "--text_encoder DIR" in message and "--text_encoder hash" in message
+    assert float(seconds) < 15
+
+
+def test_make_text_encoder_checks_the_sizes(clip_dir):
+    assert isinstance(make_text_encoder("hash", 512, 12), WordHashTextEncoder)
+    with pytest.raises(OSError, match="--text_length 77"):
+        make_text_encoder(str(clip_dir), 512, 12)
+    with pytest.raises(OSError, match="no such directory"):
+        make_text_encoder("no/such/place", 512, 77)
+
+
+def test_time_is_not_wasted_on_words_seen_before():
+    encoder = WordHashTextEncoder()
+    encoder(["a red car"] * 8)
+    assert len(encoder.vectors) == 6  # three words, three positions

@@ -1,0 +1,165 @@
+"""Captions to token embeddings (B, L, 512): the frozen CLIP text tower, or an embedded stand-in without files.
+
+What it is not: nothing here is trained, and nothing knows the U-Net. Both encoders have one interface:
+encoder(prompts) -> (B, L, dim), and the empty caption "" is the null caption.
+
+Papers:
+  Radford et al. 2021, CLIP (arXiv 2103.00020), section 2.4: the text tower
+  Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.3: token embeddings as condition
+"""
+
+import hashlib
+import os
+import re
+import sys
+import urllib.request
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+CLIP_NAME = "openai/clip-vit-base-patch32"
+CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so the weights cannot change under us
+HUB_TIMEOUT = 8  # seconds to wait for the hub before saying that it cannot be reached
+PROBE_TEXT, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+class ClipTextEncoder(nn.Module):
+    """The text tower of CLIP ViT-B/32, frozen; last hidden states after the final layer norm.
+
+    source: the model's name on the hub, or a directory with config.json, weights and tokenizer files.
+    prompts: list of B strings -> (B, 77, 512) float32, padded with the end token as CLIP was trained.
+    Raises OSError, in one line, if the model or a whole tokenizer cannot be had.
+    """
+
+    max_length = 77
+
+    def __init__(self, source=CLIP_NAME):
+        super().__init__()
+        self.source = source
+        self.tokenizer, self.model = _load_clip(source)
+        self.model.eval().requires_grad_(False)
+
+    def tokenize(self, prompts):
+        """Token ids (B, 77); says on stderr what did not fit. Special tokens written in a prompt are plain text."""
+        for prompt in prompts:
+            ids = self.tokenizer(prompt, split_special_tokens=True).input_ids
+            if len(ids) > self.max_length:
+                cut = self.tokenizer.decode(ids[self.max_length - 1 : -1])
+                print(f"warning: prompt cut to {self.max_length} tokens; left out: {cut!r}", file=sys.stderr)
+        return self.tokenizer(prompts, split_special_tokens=True, padding="max_length", truncation=True,
+                              max_length=self.max_length, return_tensors="pt").input_ids  # fmt: skip
+
+    @torch.no_grad()
+    def forward(self, prompts):
+        ids = self.tokenize([_printable(p) for p in prompts])
+        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float()
+
+
+class WordHashTextEncoder(nn.Module):
+    """Each lower-cased word becomes a fixed Gaussian vector drawn from its hash, plus one for its position.
+
+    prompts: list of B strings -> (B, max_length, dim) float32; unused positions are zero, so "" is all zero.
+
+    It needs no files and no training, and tells words apart: two of a thousand random vectors of 512 numbers
+    have a cosine of at most about 0.2. That is all it does. It knows no synonyms ("automobile" is as far from
+    "car" as from "banana"), no plurals, no grammar beyond word positions, and a word that was in no training
+    caption is noise to the U-Net.
+    """
+
+    POSITION_WEIGHT = 0.25  # small, so that a word is mostly itself wherever it stands
+
+    def __init__(self, dim=512, max_length=77):
+        super().__init__()
+        self.dim, self.max_length = dim, max_length
+        self.vectors = {}  # word or position -> (dim,), filled as they come up
+        self.register_buffer("device_marker", torch.empty(0), persistent=False)
+
+    def vector(self, key):
+        if key not in self.vectors:
+            seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:4], "little")
+            # RandomState's stream is frozen by NumPy's promise: the same vector on every machine and version
+            self.vectors[key] = torch.from_numpy(np.random.RandomState(seed).randn(self.dim)).float()
+        return self.vectors[key]
+
+    def encode(self, prompt):
+        words = re.findall(r"\w+", prompt.lower())
+        if len(words) > self.max_length:
+            cut = " ".join(words[self.max_length :])
+            print(f"warning: prompt cut to {self.max_length} words; left out: {cut!r}", file=sys.stderr)
+        out = torch.zeros(self.max_length, self.dim)
+        for i, word in enumerate(words[: self.max_length]):
+            out[i] = self.vector(f"word {word}") + self.POSITION_WEIGHT * self.vector(f"position {i}")
+        return out
+
+    def forward(self, prompts):
+        return torch.stack([self.encode(p) for p in prompts]).to(self.device_marker.device)
+
+
+def make_text_encoder(source, dim, max_length):
+    """source: "clip", "hash" or a directory (--text_encoder); raises OSError if it cannot be had as asked."""
+    if source == "hash":
+        return WordHashTextEncoder(dim, max_length)
+    encoder = ClipTextEncoder(CLIP_NAME if source == "clip" else source)
+    found = (encoder.model.config.hidden_size, encoder.max_length)
+    if found != (dim, max_length):
+        raise OSError(f"--text_encoder: {encoder.source}: gives {found[1]} tokens of {found[0]} numbers, the settings "
+                      f"say {max_length} of {dim}; give --text_length {found[1]} --text_dim {found[0]}")  # fmt: skip
+    return encoder
+
+
+def _printable(prompt):
+    """Lone surrogates, which JSON can smuggle in and the tokenizer refuses, become question marks."""
+    return prompt.encode("utf-8", "replace").decode("utf-8")
+
+
+def _load_clip(source):
+    """-> (tokenizer, text model): a directory as it is, else the cache of the hub, else the hub."""
+    if os.path.isdir(source):
+        return _from_pretrained(source, local_files_only=True)
+    if source != CLIP_NAME:
+        raise OSError(f"--text_encoder: {source}: no such directory; give clip, hash, or a directory")
+    try:
+        return _from_pretrained(source, revision=CLIP_REVISION, local_files_only=True)
+    except OSError:
+        _ask_hub()
+        return _from_pretrained(source, revision=CLIP_REVISION)
+
+
+def _from_pretrained(source, **where):
+    # imported here: seconds that users of the embedded encoder need not wait
+    from transformers import AutoTokenizer, CLIPTextModel, logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the file also holds the image tower, and transformers would list what we leave out
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model, info = CLIPTextModel.from_pretrained(source, output_loading_info=True, **where)
+    except Exception as e:  # the library raises many kinds, and each means that this model cannot be had
+        reason = next(iter(str(e).split("\n")), "") or type(e).__name__
+        raise OSError(_unavailable(source, reason)) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise OSError(_unavailable(source, f"its weights lack {min(info['missing_keys'])}"))
+    if tokenizer(PROBE_TEXT).input_ids != PROBE_IDS:
+        raise OSError(_unavailable(source, "its tokenizer is not CLIP's or not whole (tokenizer.json)"))
+    return tokenizer, model
+
+
+def _ask_hub():
+    """One quick question to the hub: the library itself would try again and again for minutes."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError(_unavailable(CLIP_NAME, "not downloaded yet, and HF_HUB_OFFLINE is set"))
+    url = f"{constants.ENDPOINT}/{CLIP_NAME}/resolve/{CLIP_REVISION}/config.json"
+    try:
+        urllib.request.urlopen(url, timeout=HUB_TIMEOUT).close()
+    except (OSError, ValueError) as e:
+        raise OSError(_unavailable(CLIP_NAME, f"{constants.ENDPOINT} cannot be reached ({e})")) from None
+
+
+def _unavailable(source, reason):
+    return (f"--text_encoder: CLIP text model {source}: {reason}; give --text_encoder DIR with a downloaded copy, "
+            "or --text_encoder hash for the embedded encoder")  # fmt: skip

@@ -1,0 +1,130 @@
+"""Train the autoencoder.
+
+  python train_vae.py                      COCO if it is there (README.md), else the embedded demo
+  python train_vae.py --preset demo        64-pixel painted scenes, minutes on two CPU cores
+  python train_vae.py --dataset folder --data_root my_pictures --run_dir runs/mine
+
+Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
+vae_curves.png, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions.
+What it is not: it never looks at captions. Loss and model are in vae.py, every setting in config.py.
+"""
+
+import math
+import os
+
+import torch
+
+from config import parse_training_args
+from data import open_dataset, read_pictures
+from training import (
+    Progress,
+    append_csv,
+    epoch_batches,
+    lr_at,
+    make_autocast,
+    optimizer_step,
+    pick_device,
+    plot_curves,
+    read_csv,
+    run_script,
+    save_grid,
+    save_weights,
+    seed_step,
+    start_run,
+    to_float,
+    write_record,
+)
+from vae import AutoencoderKL, held_out_figures, vae_loss
+
+GRID_PICTURES = 8
+LOG_EVERY = 20  # steps per row of vae_train.csv
+
+
+def main():
+    # ---- Set-up ----
+    cfg, args = parse_training_args(__doc__, "vae")
+    device = pick_device()
+    autocast = make_autocast(device, cfg.mixed_precision)
+    record = start_run("train_vae", cfg, args, ["vae_*"])
+    if record is None:
+        return
+
+    # ---- Data ----
+    train_set, held_out_set = open_dataset(cfg)
+    pixels, _ = read_pictures(train_set, cfg, "training pictures")
+    held_out, _ = read_pictures(held_out_set, cfg, "held-out pictures")
+
+    # ---- Model ----
+    torch.manual_seed(cfg.seed)
+    vae = AutoencoderKL(cfg).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
+
+    # ---- State ----
+    steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
+    total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
+    last_epoch = math.ceil(total_steps / steps_per_epoch)
+    step, window = 0, torch.zeros(3, device=device)  # sums of loss, mse, kl since the last row
+    progress = Progress(total_steps, "train_vae")
+
+    for epoch in range(1, last_epoch + 1):
+        for index in epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)[: total_steps - step]:
+            step += 1
+            seed_step(cfg.seed, step)
+            x = to_float(pixels[index], device).contiguous(memory_format=torch.channels_last)
+            with autocast():
+                mu, log_var, x_hat = vae(x)
+            loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
+            optimizer_step(optimizer, loss, lr_at(step, total_steps, cfg), cfg.max_grad_norm)
+            window += torch.stack([loss, mse, kl]).detach()
+            if step % LOG_EVERY == 0 or step == total_steps:
+                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr_at(step, total_steps, cfg))
+                window.zero_()
+            progress.update()
+
+        figures = evaluate(vae, held_out, device, cfg)
+        append_csv(os.path.join(args.run_dir, "vae_held_out.csv"), {"epoch": epoch, "step": step} | figures)
+        print(f"epoch {epoch}: held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB), latent mean "
+              f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}", flush=True)  # fmt: skip
+        show_reconstructions(vae, held_out, device, cfg, os.path.join(args.run_dir, f"vae_pictures_epoch{epoch}.png"))
+        draw_curves(args.run_dir)
+        if epoch % cfg.save_every == 0 or epoch == last_epoch:
+            save_weights(os.path.join(args.run_dir, f"vae_ckpt_epoch{epoch}.pth"), vae)
+
+    # ---- Done ----
+    progress.close()
+    write_record(args.run_dir, "train_vae", record | {"finished_epoch": last_epoch})
+    print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; next: python train_unet.py")
+
+
+def evaluate(vae, held_out, device, cfg):
+    seed_step(cfg.seed, 0)  # the same noise at every epoch
+    return held_out_figures(vae, (to_float(x, device) for x in held_out.split(cfg.batch_size)))
+
+
+def log_training(run_dir, step, means, lr):
+    loss, mse, kl = means.tolist()
+    append_csv(os.path.join(run_dir, "vae_train.csv"), {"step": step, "lr": lr, "loss": loss, "mse": mse, "kl": kl})
+
+
+@torch.no_grad()
+def show_reconstructions(vae, held_out, device, cfg, path):
+    """The same held-out pictures at every epoch, above what is left of them."""
+    x = to_float(held_out[:GRID_PICTURES], device)
+    x_hat = vae.decoder(vae.encode(x)[0])
+    save_grid(path, (torch.cat([x, x_hat]) + 1) / 2, columns=len(x))
+
+
+def draw_curves(run_dir):
+    train = read_csv(os.path.join(run_dir, "vae_train.csv"))
+    held_out = read_csv(os.path.join(run_dir, "vae_held_out.csv"))
+    plot_curves(os.path.join(run_dir, "vae_curves.png"), "step", {
+        "MSE": {"training": (train["step"], train["mse"]), "held-out": (held_out["step"], held_out["mse"])},
+        "KL [nats per picture]": {"training": (train["step"], train["kl"])},
+        "latents, held-out": {"mean": (held_out["step"], held_out["latent_mean"]),
+                              "std": (held_out["step"], held_out["latent_std"])},
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,295 @@
+"""The denoiser: a U-Net on latents, told the noise level by an embedding and the caption by cross-attention.
+
+What it is not: it knows no noise schedule, no guidance and no text encoder; it maps (z_t, embedded t,
+embedded caption) to a prediction of the noise in z_t.
+
+Papers:
+  Ronneberger et al. 2015, U-Net (arXiv 1505.04597)
+  Ho et al. 2020, DDPM (arXiv 2006.11239), appendix B: resnets with GroupNorm and time embedding
+  Vaswani et al. 2017, Attention Is All You Need (arXiv 1706.03762): section 3.2 attention, 3.5 sinusoids
+  Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.3: cross-attention conditioning
+  Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202), Eq. 6: GEGLU
+
+Module names and block structure are those of diffusers' UNet2DConditionModel with
+only_cross_attention = (True, ..., True, False): image self-attention lives at the lowest resolution alone,
+every other attention looks at the caption. TimeEmbedding holds what is `time_embedding.*` there.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the timestep through a two-layer MLP.
+
+    t: (B,) integer or float timesteps, 0-based -> (B, dim). The sinusoids are dim / 4 wide
+    (cosines first, wavelengths from 2 pi to 10,000 * 2 pi; DDPM appendix B).
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.num_frequencies = dim // 8
+        self.linear_1 = nn.Linear(dim // 4, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, t):
+        i = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(10_000) * i / self.num_frequencies)
+        angles = t[:, None].float() * frequencies  # (B, dim / 8)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim / 4)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))  # (B, dim)
+
+
+class ResnetBlock(nn.Module):
+    """Pre-activation residual block; the time embedding is added between its two convolutions.
+
+    x: (B, in_channels, H, W), t_emb: (B, time_dim) -> (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels, out_channels, time_dim, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, t_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(t_emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from tokens x to tokens `context` (Vaswani et al., Eq. 1).
+
+    x: (B, N, dim), context: (B, M, context_dim) -> (B, N, dim).
+    """
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def heads(self, tokens):
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+
+    def forward(self, x, context):
+        q, k, v = self.heads(self.to_q(x)), self.heads(self.to_k(context)), self.heads(self.to_v(context))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim / heads)
+        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, dim)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (Shazeer, Eq. 6): (B, N, dim) -> (B, N, inner)."""
+
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width, then back; the Identity keeps the place of diffusers' dropout."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Attention to the image (or, with only_cross_attention, to the caption), to the caption, feed-forward.
+
+    x: (B, N, dim), text_emb: (B, L, text_dim) -> (B, N, dim).
+    """
+
+    def __init__(self, dim, text_dim, num_heads, only_cross_attention):
+        super().__init__()
+        self.only_cross_attention = only_cross_attention
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, text_dim if only_cross_attention else dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, text_dim, num_heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x, text_emb):
+        h = self.norm1(x)
+        x = x + self.attn1(h, text_emb if self.only_cross_attention else h)
+        x = x + self.attn2(self.norm2(x), text_emb)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map; residual.
+
+    x: (B, C, H, W), text_emb: (B, L, text_dim) -> (B, C, H, W).
+    """
+
+    def __init__(self, channels, text_dim, num_heads, groups, only_cross_attention):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        block = TransformerBlock(channels, text_dim, num_heads, only_cross_attention)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x, text_emb):
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        tokens = self.transformer_blocks[0](self.proj_in(tokens), text_emb)
+        return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a strided convolution, zero-padded on all sides."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)  # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: each pixel repeated 2x2, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+class DownBlock(nn.Module):
+    """(Resnet, transformer) x layers, then a downsampler unless last; every output is also a skip."""
+
+    def __init__(self, in_channels, out_channels, num_layers, last, cfg):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList([resnet(a, b, cfg) for a, b in zip(widths, widths[1:])])
+        self.attentions = nn.ModuleList([transformer(out_channels, cfg, not last) for _ in range(num_layers)])
+        if not last:
+            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+
+    def forward(self, h, t_emb, text_emb):
+        """Returns (h, [skips])."""
+        skips = []
+        for resnet, attention in zip(self.resnets, self.attentions):
+            h = attention(resnet(h, t_emb), text_emb)
+            skips.append(h)
+        for downsample in getattr(self, "downsamplers", []):
+            h = downsample(h)
+            skips.append(h)
+        return h, skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, transformer with image self-attention, resnet at the lowest resolution."""
+
+    def __init__(self, channels, cfg):
+        super().__init__()
+        self.attentions = nn.ModuleList([transformer(channels, cfg, only_cross_attention=False)])
+        self.resnets = nn.ModuleList([resnet(channels, channels, cfg) for _ in range(2)])
+
+    def forward(self, h, t_emb, text_emb):
+        h = self.attentions[0](self.resnets[0](h, t_emb), text_emb)
+        return self.resnets[1](h, t_emb)
+
+
+class UpBlock(nn.Module):
+    """(Join the newest skip, resnet, transformer) for each skip, then an upsampler unless last."""
+
+    def __init__(self, in_channels, skip_channels, out_channels, first, last, cfg):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
+        self.resnets = nn.ModuleList([resnet(a + s, out_channels, cfg) for a, s in zip(widths, skip_channels)])
+        self.attentions = nn.ModuleList([transformer(out_channels, cfg, not first) for _ in skip_channels])
+        if not last:
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+
+    def forward(self, h, skips, t_emb, text_emb):
+        """Takes its skips off the end of the list `skips`."""
+        for resnet, attention in zip(self.resnets, self.attentions):
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = attention(resnet(h, t_emb), text_emb)
+        for upsample in getattr(self, "upsamplers", []):
+            h = upsample(h)
+        return h
+
+
+class UNetLatent(nn.Module):
+    """Predicts the noise eps in z_t (DDPM, section 3.2).
+
+    z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from
+    TimeEmbedding; text_emb: (B, L, text_dim) -> eps: shape of z.
+
+    cfg needs: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
+    norm_num_groups and num_heads), unet_layers_per_block, norm_num_groups, num_heads, text_dim, time_dim.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        channels, groups = cfg.unet_block_out_channels, cfg.norm_num_groups
+        self.latent_shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+        self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
+        skips = [channels[0]]  # widths of the maps that cross over, in the order in which they arise
+
+        self.down_blocks = nn.ModuleList()
+        for i, (a, b) in enumerate(zip((channels[0], *channels), channels)):
+            last = i == len(channels) - 1
+            self.down_blocks.append(DownBlock(a, b, cfg.unet_layers_per_block, last, cfg))
+            skips += [b] * (cfg.unet_layers_per_block + (not last))
+
+        self.mid_block = MidBlock(channels[-1], cfg)
+
+        self.up_blocks = nn.ModuleList()
+        channels = channels[::-1]
+        for i, (a, b) in enumerate(zip((channels[0], *channels), channels)):
+            mine = [skips.pop() for _ in range(cfg.unet_layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(a, mine, b, i == 0, i == len(channels) - 1, cfg))
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-5)
+        self.conv_out = zero_init(nn.Conv2d(channels[-1], cfg.latent_channels, 3, padding=1))
+
+    def forward(self, z, t_emb, text_emb):
+        h = self.conv_in(z)
+        skips = [h]
+        for block in self.down_blocks:
+            h, new = block(h, t_emb, text_emb)
+            skips += new
+        h = self.mid_block(h, t_emb, text_emb)
+        for block in self.up_blocks:
+            h = block(h, skips, t_emb, text_emb)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+def resnet(in_channels, out_channels, cfg):
+    return ResnetBlock(in_channels, out_channels, cfg.time_dim, cfg.norm_num_groups)
+
+
+def transformer(channels, cfg, only_cross_attention):
+    return SpatialTransformer(channels, cfg.text_dim, cfg.num_heads, cfg.norm_num_groups, only_cross_attention)
+
+
+def zero_init(layer):
+    """Zero the last layer of a residual branch: the network starts as the identity (DDPM appendix B)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
