@@ -39,12 +39,13 @@ class SDConfig:
         (64, 128, 256, 256), "VAE channels per level; each level after the first halves the resolution", low=1
     )
     layers_per_block: int = setting(2, "VAE resnets per level", low=1)
-    norm_num_groups: int = setting(16, "groups of every GroupNorm; divides all channel counts", low=1)
+    norm_num_groups: int = setting(32, "groups of the VAE's GroupNorms; divides its channel counts", low=1)
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", low=0)
 
     # U-Net
     unet_block_out_channels: tuple[int, ...] = setting((128, 176, 224), "U-Net channels per level", low=1)
     unet_layers_per_block: int = setting(1, "U-Net resnets and transformers per level", low=1)
+    unet_norm_num_groups: int = setting(16, "groups of the U-Net's GroupNorms; divides its channel counts", low=1)
     num_heads: int = setting(4, "heads of every attention of the U-Net", low=1)
     time_dim: int = setting(512, "width of the time embedding: 4 x the first U-Net channels", low=8)
 
@@ -64,6 +65,7 @@ class SDConfig:
     lr: float = setting(1e-4, "learning rate of Adam", low=0)
     lr_schedule: str = setting("cosine", "cosine (annealed to 0) or constant", choices=("cosine", "constant"))
     lr_warmup_steps: int = setting(0, "steps over which the learning rate first rises from 0", low=0)
+    adam_beta2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0, high=0.999999)
     weight_decay: float = setting(1e-4, "weight decay (L2) of Adam", low=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", low=1e-9)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", low=0, high=1)
@@ -81,11 +83,11 @@ class SDConfig:
         _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
         _check(self.time_dim == 4 * self.unet_block_out_channels[0], "time_dim", "is not 4 x the first U-Net channels",
                f"give --time_dim {4 * self.unet_block_out_channels[0]}")  # fmt: skip
-        for name in ("block_out_channels", "unet_block_out_channels"):
-            _check(all(c % self.norm_num_groups == 0 for c in getattr(self, name)), name,
-                   f"must be multiples of norm_num_groups ({self.norm_num_groups})", "change either")  # fmt: skip
-        _check(all(c % self.num_heads == 0 for c in self.unet_block_out_channels), "unet_block_out_channels",
-               f"must be multiples of num_heads ({self.num_heads})", "change either")  # fmt: skip
+        for name, divisor in (("block_out_channels", "norm_num_groups"),
+                              ("unet_block_out_channels", "unet_norm_num_groups"),
+                              ("unet_block_out_channels", "num_heads")):  # fmt: skip
+            _check(all(c % getattr(self, divisor) == 0 for c in getattr(self, name)), name,
+                   f"must be multiples of {divisor} ({getattr(self, divisor)})", "change either")  # fmt: skip
         factor = 2 ** (len(self.block_out_channels) + len(self.unet_block_out_channels) - 2)
         _check(self.image_size % factor == 0, "image_size", f"{self.image_size} cannot be halved by every level",
                f"give a multiple of {factor}")  # fmt: skip
@@ -97,20 +99,38 @@ class SDConfig:
 
 
 # A preset is what differs from the defaults above, for both trainers; VAE_PRESETS adds what differs for train_vae.py.
+# demo is sized for two CPU cores and ten minutes. Its betas are three times the recipe's, so that the last step is
+# nearly pure noise, which sampling starts from; one group per GroupNorm let the small VAE learn faster.
 PRESETS = {
     "coco": {},
-    "demo": dict(
-        dataset="scenes",
-        image_size=64,
-        block_out_channels=(32, 64, 128, 128),
-        layers_per_block=1,
-        norm_num_groups=8,
-        text_encoder="hash",
-    ),
+    "demo": {
+        "dataset": "scenes",
+        "max_images": 4000,
+        "held_out_images": 256,
+        "image_size": 64,
+        "block_out_channels": (16, 32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 1,
+        "unet_block_out_channels": (32, 64, 128),
+        "unet_norm_num_groups": 8,
+        "time_dim": 128,
+        "text_encoder": "hash",
+        "text_length": 12,
+        "beta_start": 3e-4,
+        "beta_end": 0.06,
+        "batch_size": 16,
+        "num_epochs": 5,
+        "lr": 1e-3,
+        "lr_warmup_steps": 20,
+        "adam_beta2": 0.99,
+        "weight_decay": 0.0,
+        "ema_decay": 0.99,
+        "mixed_precision": "no",
+    },
 }
 VAE_PRESETS = {
-    "coco": dict(lr_schedule="constant", weight_decay=0.0),
-    "demo": dict(weight_decay=0.0),
+    "coco": {"lr_schedule": "constant", "weight_decay": 0.0},
+    "demo": {"batch_size": 4, "num_epochs": 2, "mixed_precision": "auto"},
 }
 
 

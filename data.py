@@ -167,7 +167,10 @@ def sidecar_records(folder):
     for name in os.listdir(folder):
         stem, ending = os.path.splitext(name)
         if ending.lower() in ENDINGS:
-            with open(os.path.join(folder, stem + ".txt"), encoding="utf-8-sig") as f:
+            captions_file = os.path.join(folder, stem + ".txt")
+            if not os.path.exists(captions_file):
+                raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
+            with open(captions_file, encoding="utf-8-sig") as f:
                 captions = [" ".join(line.split()) for line in f if line.strip()]
             records[os.path.join(folder, name)] = captions or [""]
     return records

@@ -13,6 +13,7 @@ a place is painted in [0, 1] x [0, 1].
 """
 
 import random
+import sys
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -360,3 +361,21 @@ PLACES = {
     "on the road": _road,
     "at night": _night,
 }
+
+
+def main():
+    """python scenes.py --words, or python scenes.py contact_sheet.png"""
+    if sys.argv[1:] == ["--words"]:
+        for table in (SUBJECTS, COLOURS, PLACES):
+            print(", ".join(table))
+    elif len(sys.argv) == 2 and sys.argv[1].endswith(".png"):
+        sheet = Image.new("RGB", (8 * 96, 4 * 96))
+        for i in range(32):
+            sheet.paste(paint(make_scene(0, i), 96), (i % 8 * 96, i // 8 * 96))
+        sheet.save(sys.argv[1])
+    else:
+        sys.exit("error: scenes.py: takes --words or a file ending in .png; give one of them")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,11 +23,14 @@ from text_encoder import make_text_encoder
 from training import (
     Progress,
     append_csv,
+    claim_run,
     epoch_batches,
     file_sha256,
     load_weights,
     lr_at,
     make_autocast,
+    make_optimizer,
+    new_record,
     newest_checkpoint,
     optimizer_step,
     pick_device,
@@ -38,14 +41,13 @@ from training import (
     save_grid,
     save_weights,
     seed_step,
-    start_run,
     to_float,
     write_record,
 )
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL, reparameterize
 
-SAMPLES_PER_PROMPT = 4
+SAMPLES_PER_PROMPT = 2
 LOG_EVERY = 20  # steps per row of unet_train.csv
 VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
 
@@ -53,13 +55,13 @@ VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_p
 def main():
     # ---- Set-up ----
     cfg, args = parse_training_args(__doc__, "unet")
+    record = new_record("train_unet", cfg, args)
+    if record is None:
+        return
     device = pick_device()
     autocast = make_autocast(device, cfg.mixed_precision)
     vae, vae_path = load_vae(cfg, args.run_dir, device)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
-    record = start_run("train_unet", cfg, args, ["unet_*", "t_ember_*", "ema_unet_*"])
-    if record is None:
-        return
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
@@ -74,11 +76,12 @@ def main():
     unet, t_ember = UNetLatent(cfg).to(device), TimeEmbedding(cfg.time_dim).to(device)
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
     parameters = [*unet.parameters(), *t_ember.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(parameters, cfg)
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
     # ---- State ----
+    claim_run(args.run_dir, "train_unet", record, ["unet_*", "t_ember_*", "ema_unet_*"])
     steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)

@@ -19,9 +19,13 @@ from data import open_dataset, read_pictures
 from training import (
     Progress,
     append_csv,
+    claim_run,
+    conv_layout,
     epoch_batches,
     lr_at,
     make_autocast,
+    make_optimizer,
+    new_record,
     optimizer_step,
     pick_device,
     plot_curves,
@@ -30,7 +34,6 @@ from training import (
     save_grid,
     save_weights,
     seed_step,
-    start_run,
     to_float,
     write_record,
 )
@@ -43,11 +46,11 @@ LOG_EVERY = 20  # steps per row of vae_train.csv
 def main():
     # ---- Set-up ----
     cfg, args = parse_training_args(__doc__, "vae")
-    device = pick_device()
-    autocast = make_autocast(device, cfg.mixed_precision)
-    record = start_run("train_vae", cfg, args, ["vae_*"])
+    record = new_record("train_vae", cfg, args)
     if record is None:
         return
+    device = pick_device()
+    autocast = make_autocast(device, cfg.mixed_precision)
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
@@ -56,11 +59,12 @@ def main():
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
-    vae = AutoencoderKL(cfg).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    vae = AutoencoderKL(cfg).to(device, memory_format=conv_layout(device))
+    optimizer = make_optimizer(vae.parameters(), cfg)
     print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
 
     # ---- State ----
+    claim_run(args.run_dir, "train_vae", record, ["vae_*"])
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
@@ -71,7 +75,7 @@ def main():
         for index in epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)[: total_steps - step]:
             step += 1
             seed_step(cfg.seed, step)
-            x = to_float(pixels[index], device).contiguous(memory_format=torch.channels_last)
+            x = to_float(pixels[index], device).contiguous(memory_format=conv_layout(device))
             with autocast():
                 mu, log_var, x_hat = vae(x)
             loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)

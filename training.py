@@ -32,7 +32,8 @@ def run_script(main):
     try:
         main()
     except (UserError, OSError) as e:
-        sys.exit(f"error: {' '.join(str(e).split())}")
+        message = " ".join(str(e).split())
+        sys.exit(f"error: {''.join(c if c.isprintable() else '?' for c in message)}")  # names may hold escape codes
     except torch.OutOfMemoryError:
         sys.exit("error: --batch_size: the device's memory is full; give a smaller one")
     except KeyboardInterrupt:
@@ -45,6 +46,8 @@ def run_script(main):
 
 def pick_device():
     """CUDA, else MPS, else CPU."""
+    # on Linux, large pages for large tensors: on a CPU a fifth of a step goes into page faults otherwise
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -58,6 +61,11 @@ def computes_in_bf16(device):
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def conv_layout(device):
+    """The memory format in which convolutions are fastest; MPS is left as it is."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def make_autocast(device, mixed_precision):
@@ -93,6 +101,12 @@ def lr_at(step, total_steps, cfg):
     warmup = min(1.0, step / (cfg.lr_warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
     return cfg.lr * warmup * (cosine if cfg.lr_schedule == "cosine" else 1.0)
+
+
+def make_optimizer(parameters, cfg):
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980), all parameters updated by one fused kernel."""
+    betas = (0.9, cfg.adam_beta2)
+    return torch.optim.Adam(parameters, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
 
 
 def optimizer_step(optimizer, loss, lr, max_grad_norm):
@@ -161,34 +175,33 @@ def read_config(run_dir, script):
     return SDConfig(**settings)
 
 
-def start_run(script, cfg, args, files):
-    """Claim the run directory for `script` -> its record, or None if this very run is finished already.
+def new_record(script, cfg, args):
+    """The record of this run of `script`, not yet written; None if the very same run is finished already.
 
-    files: patterns of the files that the script writes, which --overwrite deletes.
+    UserError if the run directory holds another run, or an unfinished one, unless --overwrite is given.
     """
-    settings = asdict(cfg) | {"max_steps": args.max_steps}
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as they are in the file
-    os.makedirs(args.run_dir, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as in the file
     old = read_records(args.run_dir).get(script)
     if old and not args.overwrite:
-        changed = [
-            f"{k} was {old['settings'].get(k)}, now {v}" for k, v in settings.items() if old["settings"].get(k) != v
-        ]
+        where, then = old["settings"], f"--run_dir {args.run_dir}: holds"
+        changed = [f"{k} was {where.get(k)}, now {v}" for k, v in settings.items() if where.get(k) != v]
         if changed:
-            raise UserError(f"--run_dir {args.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
-                            "give another --run_dir, or --overwrite to start over")  # fmt: skip
-        if old["finished_epoch"]:
-            print(f"{args.run_dir}: this run is finished (epoch {old['finished_epoch']}); --overwrite starts it over")
-            return None
-        raise UserError(
-            f"--run_dir {args.run_dir}: holds an unfinished run of {script}.py; give --overwrite to start over"
-        )
-    for name in os.listdir(args.run_dir):
+            raise UserError(f"{then} a run with other settings ({'; '.join(changed)}); give another --run_dir, or "
+                            "--overwrite to start over")  # fmt: skip
+        if not old["finished_epoch"]:
+            raise UserError(f"{then} an unfinished run of {script}.py; give --overwrite to start over")
+        print(f"{args.run_dir}: this run is finished (epoch {old['finished_epoch']}); --overwrite starts it over")
+        return None
+    return {"preset": args.preset, "finished_epoch": None, "settings": settings}
+
+
+def claim_run(run_dir, script, record, files):
+    """Begin a run: make its directory, delete what an earlier run of `script` left (patterns), write the record."""
+    os.makedirs(run_dir, exist_ok=True)
+    for name in os.listdir(run_dir):
         if any(fnmatch.fnmatch(name, pattern) for pattern in files):
-            os.remove(os.path.join(args.run_dir, name))
-    record = {"preset": args.preset, "finished_epoch": None, "settings": settings}
-    write_record(args.run_dir, script, record)
-    return record
+            os.remove(os.path.join(run_dir, name))
+    write_record(run_dir, script, record)
 
 
 def write_whole(path, write):

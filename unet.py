@@ -55,7 +55,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -147,7 +147,7 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Linear(channels, channels)
         block = TransformerBlock(channels, text_dim, num_heads, only_cross_attention)
         self.transformer_blocks = nn.ModuleList([block])
-        self.proj_out = zero_init(nn.Linear(channels, channels))
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x, text_emb):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
@@ -241,12 +241,12 @@ class UNetLatent(nn.Module):
     TimeEmbedding; text_emb: (B, L, text_dim) -> eps: shape of z.
 
     cfg needs: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
-    norm_num_groups and num_heads), unet_layers_per_block, norm_num_groups, num_heads, text_dim, time_dim.
+    unet_norm_num_groups and num_heads), unet_layers_per_block, unet_norm_num_groups, num_heads, text_dim, time_dim.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        channels, groups = cfg.unet_block_out_channels, cfg.norm_num_groups
+        channels, groups = cfg.unet_block_out_channels, cfg.unet_norm_num_groups
         self.latent_shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
         self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
         skips = [channels[0]]  # widths of the maps that cross over, in the order in which they arise
@@ -266,7 +266,9 @@ class UNetLatent(nn.Module):
             self.up_blocks.append(UpBlock(a, mine, b, i == 0, i == len(channels) - 1, cfg))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-5)
-        self.conv_out = zero_init(nn.Conv2d(channels[-1], cfg.latent_channels, 3, padding=1))
+        self.conv_out = nn.Conv2d(channels[-1], cfg.latent_channels, 3, padding=1)
+        for p in self.conv_out.parameters():  # the first prediction is zero (DDPM's code does the same)
+            nn.init.zeros_(p)
 
     def forward(self, z, t_emb, text_emb):
         h = self.conv_in(z)
@@ -281,15 +283,8 @@ class UNetLatent(nn.Module):
 
 
 def resnet(in_channels, out_channels, cfg):
-    return ResnetBlock(in_channels, out_channels, cfg.time_dim, cfg.norm_num_groups)
+    return ResnetBlock(in_channels, out_channels, cfg.time_dim, cfg.unet_norm_num_groups)
 
 
 def transformer(channels, cfg, only_cross_attention):
-    return SpatialTransformer(channels, cfg.text_dim, cfg.num_heads, cfg.norm_num_groups, only_cross_attention)
-
-
-def zero_init(layer):
-    """Zero the last layer of a residual branch: the network starts as the identity (DDPM appendix B)."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return SpatialTransformer(channels, cfg.text_dim, cfg.num_heads, cfg.unet_norm_num_groups, only_cross_attention)

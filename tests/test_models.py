@@ -33,7 +33,7 @@ def their_unet(cfg):
         sample_size=cfg.latent_size, in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
         down_block_types=["CrossAttnDownBlock2D"] * n, up_block_types=["CrossAttnUpBlock2D"] * n,
         only_cross_attention=[True] * (n - 1) + [False], block_out_channels=cfg.unet_block_out_channels,
-        layers_per_block=cfg.unet_layers_per_block, norm_num_groups=cfg.norm_num_groups,
+        layers_per_block=cfg.unet_layers_per_block, norm_num_groups=cfg.unet_norm_num_groups,
         cross_attention_dim=cfg.text_dim, attention_head_dim=cfg.num_heads, use_linear_projection=True,
         time_embedding_dim=cfg.time_dim,
     ).eval()  # fmt: skip
