@@ -1,7 +1,8 @@
 """The embedded data set: an endless series of small painted scenes with captions, no download needed.
 
 Each scene is a subject in a colour at a place, for example "a red sports car on the road", with its own
-position, size, facing, light and wording. Scene number `index` of series `seed` is a pure function of the
+position, size, facing, light and wording; a caption that does not say the colour or the place means the usual
+one of its subject, so that "a red sports car" is on the road. Scene number `index` of series `seed` is a pure function of the
 two, so nothing has to be stored, any two machines paint the same picture, and because the painter knows
 what it painted, prompt-following can be measured (evaluate.py).
 
@@ -32,12 +33,12 @@ INK, GLASS, CREAM, METAL, BROWN = (34, 30, 40), (190, 226, 240), (248, 236, 208)
 BEAK, FLAME = (250, 160, 30), (255, 150, 40)
 
 SUPERSAMPLING = 3  # pictures are painted this much larger, then reduced: Pillow does not smooth edges
-OMIT_COLOUR, OMIT_PLACE = 0.15, 0.15  # shares of captions that leave the attribute unsaid
+OMIT_COLOUR, OMIT_PLACE = 0.15, 0.15  # shares of captions that leave unsaid what is usual of their subject
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one picture; `caption` may leave out the colour or the place, the fields never do."""
+    """What is in one picture; `caption` may leave out a usual colour or place, the fields never do."""
 
     subject: str
     colour: str
@@ -55,12 +56,15 @@ def make_scene(seed, index):
     """Scene `index` of the endless series `seed`; any integers."""
     rng = random.Random(f"scene {seed} {index}")
     subject, colour, place = (rng.choice(list(table)) for table in (SUBJECTS, COLOURS, PLACES))
+    _, usual_colour, usual_place = SUBJECTS[subject]
+    colour_said, place_said = rng.random() >= OMIT_COLOUR, rng.random() >= OMIT_PLACE
+    colour, place = colour if colour_said else usual_colour, place if place_said else usual_place
     brightness, warmth = rng.uniform(0.88, 1.06), rng.uniform(-0.04, 0.04)
     return Scene(
         subject,
         colour,
         place,
-        caption=_word(rng, subject, colour, place),
+        caption=_word(rng, subject, colour if colour_said else "", place if place_said else ""),
         x=rng.uniform(0.45, 0.55),
         y=rng.uniform(0.86, 0.92),
         size=rng.uniform(0.33, 0.37),
@@ -76,9 +80,9 @@ def full_caption(subject, colour, place):
 
 
 def _word(rng, subject, colour, place):
-    thing = subject if rng.random() < OMIT_COLOUR else f"{colour} {subject}"
+    thing = f"{colour} {subject}".strip()
     thing = f"{_article(thing)} {thing}"
-    if rng.random() < OMIT_PLACE:
+    if not place:
         return rng.choice(("{}", "a picture of {}")).format(thing)
     return rng.choice(("{0} {1}", "{0} {1}", "a picture of {0} {1}", "{1}, {0}")).format(thing, place)
 
@@ -93,7 +97,7 @@ def paint(scene, size):
     PLACES[scene.place](PlaceBrush(canvas), random.Random(scene.decoration))
     brush = SubjectBrush(canvas, scene)
     brush.shadow()
-    SUBJECTS[scene.subject](brush)
+    SUBJECTS[scene.subject][0](brush)
     bands = canvas.resize((size, size), Image.Resampling.BOX).split()
     lit = [band.point([min(255, round(v * f)) for v in range(256)]) for band, f in zip(bands, scene.light)]
     return Image.merge("RGB", lit)
@@ -283,17 +287,17 @@ def _balloon(b):
     b.box(-0.24, 0.58, 0.24, 0.95, BROWN)
 
 
-SUBJECTS = {
-    "dog": _dog,
-    "cat": _cat,
-    "duck": _duck,
-    "sports car": _sports_car,
-    "bus": _bus,
-    "sailboat": _sailboat,
-    "rocket": _rocket,
-    "house": _house,
-    "mushroom": _mushroom,
-    "balloon": _balloon,
+SUBJECTS = {  # the painter, and the usual colour and place: those of a scene whose caption does not say them
+    "dog": (_dog, "orange", "on the grass"),
+    "cat": (_cat, "black", "on the grass"),
+    "duck": (_duck, "yellow", "on the beach"),
+    "sports car": (_sports_car, "red", "on the road"),
+    "bus": (_bus, "yellow", "on the road"),
+    "sailboat": (_sailboat, "blue", "on the beach"),
+    "rocket": (_rocket, "white", "at night"),
+    "house": (_house, "white", "in the snow"),
+    "mushroom": (_mushroom, "red", "on the grass"),
+    "balloon": (_balloon, "green", "in the desert"),
 }
 
 
