@@ -67,7 +67,7 @@ class SDConfig:
     lr_warmup_steps: int = setting(0, "steps over which the learning rate first rises from 0", low=0)
     adam_beta2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0, high=0.999999)
     weight_decay: float = setting(1e-4, "weight decay (L2) of Adam", low=0)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", low=1e-9)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 = they are not", low=0)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", low=0, high=1)
     mixed_precision: str = setting("auto", "no, bf16 (autocast), or auto: bf16 where the processor computes in it",
                                    choices=("auto", "no", "bf16"))  # fmt: skip
@@ -129,7 +129,7 @@ PRESETS = {
     },
 }
 VAE_PRESETS = {
-    "coco": {"lr_schedule": "constant", "weight_decay": 0.0},
+    "coco": {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0},
     "demo": {"batch_size": 4, "num_epochs": 2, "mixed_precision": "auto"},
 }
 

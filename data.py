@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import UserError
 from scenes import make_scene, paint
-from training import Progress
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -180,15 +179,15 @@ def name_hash(path):
     return hashlib.sha256(os.path.basename(path).encode("utf-8", "replace")).hexdigest()
 
 
-def read_pictures(dataset, cfg, what):
+def read_pictures(dataset, cfg, progress):
     """Read a whole set in parallel -> (uint8 (N, 3, S, S), captions: N lists of strings).
 
+    progress.update() is called for each picture, progress.close() at the end.
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
     loader = DataLoader(dataset, batch_size=64, num_workers=cfg.num_workers, collate_fn=list)
     pixels = torch.empty(len(dataset), 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
     good, bad = [], []
-    progress = Progress(len(dataset), f"read {what}")
     for i, result in enumerate(result for batch in loader for result in batch):
         if isinstance(result, str):
             bad.append(result)

@@ -59,7 +59,8 @@ def main():
     t_embedder = load_newest(run_dir, "t_ember_ckpt", "train_unet", TimeEmbedding(cfg.time_dim), device)
     text_encoder = make_text_encoder(args.text_encoder or cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device)
 
-    held_out, captions = read_pictures(open_dataset(cfg)[1], cfg, "held-out pictures")
+    held_out_set = open_dataset(cfg)[1]
+    held_out, captions = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
     results = {"run_dir": run_dir, "ema": args.ema}
     seed_step(cfg.seed, 0)
     results["vae"] = held_out_figures(vae, (to_float(x, device) for x in held_out.split(BATCH)))
@@ -98,7 +99,7 @@ def denoising_losses(vae, unet, t_embedder, text_encoder, held_out, captions, cf
 def prompt_accuracy(vae, unet, t_embedder, text_encoder, args, cfg, run_dir, device):
     """-> shares right of generated and of real scenes; writes the first pictures with what was asked for."""
     classifier = train_classifier(cfg, device)
-    real, _ = read_pictures(Scenes(REAL_SERIES, REAL_SCENES, cfg.image_size), cfg, "real scenes")
+    real = paint_scenes(REAL_SERIES, REAL_SCENES, cfg)
     real_labels = scene_labels(REAL_SERIES, REAL_SCENES)
     prompts = [full_caption(s.subject, s.colour, s.place) for s in scenes_of(PROMPT_SERIES, args.num_prompts)]
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
@@ -152,6 +153,11 @@ def scene_labels(series, count):
     return torch.tensor(rows)
 
 
+def paint_scenes(series, count, cfg):
+    """-> uint8 (count, 3, S, S): the first scenes of a series."""
+    return read_pictures(Scenes(series, count, cfg.image_size), cfg, Progress(count, f"paint series {series}"))[0]
+
+
 def scenes_of(series, count):
     return [make_scene(series, i) for i in range(count)]
 
@@ -159,7 +165,7 @@ def scenes_of(series, count):
 def train_classifier(cfg, device):
     """Train on freshly painted scenes, a little noise added so that it does not lean on single pixels."""
     labels = scene_labels(CLASSIFIER_SERIES, CLASSIFIER_SCENES).to(device)
-    pixels, _ = read_pictures(Scenes(CLASSIFIER_SERIES, CLASSIFIER_SCENES, cfg.image_size), cfg, "classifier's scenes")
+    pixels = paint_scenes(CLASSIFIER_SERIES, CLASSIFIER_SCENES, cfg)
     seed_step(CLASSIFIER_SERIES, 0)
     classifier = SceneClassifier().to(device)
     steps = CLASSIFIER_EPOCHS * len(pixels) // 64

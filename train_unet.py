@@ -65,9 +65,9 @@ def main():
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
-    pixels, captions = read_pictures(train_set, cfg, "training pictures")
+    pixels, captions = read_pictures(train_set, cfg, Progress(len(train_set), "read training pictures"))
     mu, log_var = encode_all(vae, pixels, device, cfg, "encode training pictures")
-    pixels, held_out_captions = read_pictures(held_out_set, cfg, "held-out pictures")
+    pixels, held_out_captions = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
     held_out = encode_all(vae, pixels, device, cfg, "encode held-out pictures")
     del pixels
 
@@ -81,6 +81,7 @@ def main():
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
     # ---- State ----
+    record |= {"made_from": {os.path.basename(vae_path): file_sha256(vae_path)}}
     claim_run(args.run_dir, "train_unet", record, ["unet_*", "t_ember_*", "ema_unet_*"])
     steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
@@ -91,6 +92,7 @@ def main():
     for epoch in range(1, last_epoch + 1):
         for index in epoch_batches(cfg.seed, epoch, len(mu), cfg.batch_size)[: total_steps - step]:
             step += 1
+            lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             z = reparameterize(mu[index], log_var[index])  # drawn anew at each use, as if encoded again
             t = torch.randint(cfg.timesteps, (len(z),)).to(device)
@@ -100,17 +102,19 @@ def main():
             with autocast():
                 eps = unet(z_t, t_ember(t), text_emb)
             loss = noise_prediction_loss(eps, noise).mean()
-            optimizer_step(optimizer, loss, lr_at(step, total_steps, cfg), cfg.max_grad_norm)
+            optimizer_step(optimizer, loss, lr, cfg.max_grad_norm)
             ema.update_parameters(unet)
             window += loss.detach()
             if step % LOG_EVERY == 0 or step == total_steps:
-                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr_at(step, total_steps, cfg))
+                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr)
                 window.zero_()
             progress.update()
 
-        figures = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
-        append_csv(os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": figures})
-        print(f"epoch {epoch}: held-out loss {figures:.4f}", flush=True)
+        held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
+        append_csv(
+            os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
+        )
+        progress.say(f"epoch {epoch}: held-out loss {held_out_loss:.4f}")
         show_samples(
             unet, vae, t_ember, text_encoder, cfg, os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
         )
@@ -122,8 +126,7 @@ def main():
 
     # ---- Done ----
     progress.close()
-    made_from = {os.path.basename(vae_path): file_sha256(vae_path)}
-    write_record(args.run_dir, "train_unet", record | {"finished_epoch": last_epoch, "made_from": made_from})
+    write_record(args.run_dir, "train_unet", record | {"finished_epoch": last_epoch})
     print(f"wrote {os.path.join(args.run_dir, f'unet_ckpt{last_epoch}.pth')}; next: "
           'python sample.py --prompt "a red sports car"')  # fmt: skip
 

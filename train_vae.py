@@ -54,8 +54,8 @@ def main():
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
-    pixels, _ = read_pictures(train_set, cfg, "training pictures")
-    held_out, _ = read_pictures(held_out_set, cfg, "held-out pictures")
+    pixels, _ = read_pictures(train_set, cfg, Progress(len(train_set), "read training pictures"))
+    held_out, _ = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -74,22 +74,23 @@ def main():
     for epoch in range(1, last_epoch + 1):
         for index in epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)[: total_steps - step]:
             step += 1
+            lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             x = to_float(pixels[index], device).contiguous(memory_format=conv_layout(device))
             with autocast():
                 mu, log_var, x_hat = vae(x)
             loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
-            optimizer_step(optimizer, loss, lr_at(step, total_steps, cfg), cfg.max_grad_norm)
+            optimizer_step(optimizer, loss, lr, cfg.max_grad_norm)
             window += torch.stack([loss, mse, kl]).detach()
             if step % LOG_EVERY == 0 or step == total_steps:
-                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr_at(step, total_steps, cfg))
+                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr)
                 window.zero_()
             progress.update()
 
         figures = evaluate(vae, held_out, device, cfg)
         append_csv(os.path.join(args.run_dir, "vae_held_out.csv"), {"epoch": epoch, "step": step} | figures)
-        print(f"epoch {epoch}: held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB), latent mean "
-              f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}", flush=True)  # fmt: skip
+        progress.say(f"epoch {epoch}: held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB), latent mean "
+                     f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}")  # fmt: skip
         show_reconstructions(vae, held_out, device, cfg, os.path.join(args.run_dir, f"vae_pictures_epoch{epoch}.png"))
         draw_curves(args.run_dir)
         if epoch % cfg.save_every == 0 or epoch == last_epoch:

@@ -110,12 +110,13 @@ def make_optimizer(parameters, cfg):
 
 
 def optimizer_step(optimizer, loss, lr, max_grad_norm):
-    """One step of gradient descent, the gradient clipped to max_grad_norm."""
+    """One step of gradient descent, the gradient clipped to max_grad_norm unless that is 0."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
     optimizer.step()
 
 
@@ -138,6 +139,10 @@ class Progress:
             print(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip(), flush=True)
         elif note:
             self.bar.set_postfix_str(note, refresh=False)
+
+    def say(self, text):
+        """Print a line, above the bar if there is one."""
+        self.bar.write(text) if not self.bar.disable else print(text, flush=True)
 
     def close(self):
         self.bar.close()

@@ -19,6 +19,7 @@ from data import (
     read_square,
 )
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint
+from training import Progress
 
 
 def picture(path, colour=(200, 30, 40), size=(60, 40), mode="RGB", **options):
@@ -113,7 +114,7 @@ def test_real_coco_pictures_become_rgb_squares(real_data):
     """The set holds a greyscale JPEG and every orientation."""
     cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2)
     train, _ = open_dataset(cfg)
-    pixels, captions = read_pictures(train, cfg, "coco-mini")
+    pixels, captions = read_pictures(train, cfg, Progress(1, "read"))
     assert pixels.shape == (80, 3, 128, 128) and pixels.dtype == torch.uint8
     assert all(len(c) >= 5 for c in captions)
     assert pixels.float().std(dim=(1, 2, 3)).min() > 5
@@ -210,9 +211,9 @@ def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_p
     spoil(tmp_path / "train2017/3.jpg", how)
     data = Pictures(coco_records(cfg.data_root, cfg.captions_json), 32)
     with pytest.raises(UserError, match=r"1 of 6 pictures.*3\.jpg.*--skip_bad"):
-        read_pictures(data, cfg, "pictures")
+        read_pictures(data, cfg, Progress(1, "read"))
     skipping = SDConfig(data_root=cfg.data_root, image_size=32, num_workers=0, skip_bad=True)
-    pixels, captions = read_pictures(data, skipping, "pictures")
+    pixels, captions = read_pictures(data, skipping, Progress(1, "read"))
     assert len(pixels) == len(captions) == 5 and ["caption 3"] not in captions
     assert "3.jpg" in capsys.readouterr().out
 
@@ -220,7 +221,7 @@ def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_p
 def test_workers_change_nothing(tmp_path):
     cfg = SDConfig(dataset="scenes", image_size=32, num_workers=0)
     two = SDConfig(dataset="scenes", image_size=32, num_workers=2)
-    a, b = (read_pictures(Scenes(0, 130, 32), c, "scenes")[0] for c in (cfg, two))
+    a, b = (read_pictures(Scenes(0, 130, 32), c, Progress(1, "read"))[0] for c in (cfg, two))
     assert torch.equal(a, b)
 
 
