@@ -1,7 +1,6 @@
 """Every setting, once: its name, default, unit and range; the presets; the command-line flags made from them.
 
-What it is not: a config framework. One frozen dataclass, two small tables, one argparse parser. No torch:
-a mistyped flag is answered at once. The defaults are the recipe (preset `coco`); a preset states only what differs.
+What it is not: a config framework. One frozen dataclass, two small tables, one argparse parser, no torch. The defaults are the recipe (preset `coco`); a preset states only what differs.
 """
 
 import argparse
@@ -81,6 +80,7 @@ class SDConfig:
         for f in fields(self):
             _check_range(f, getattr(self, f.name))
         _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
+        _check(self.time_dim % 8 == 0, "time_dim", f"{self.time_dim} is not a multiple of 8", "give one")
         _check(self.time_dim == 4 * self.unet_block_out_channels[0], "time_dim", "is not 4 x the first U-Net channels",
                f"give --time_dim {4 * self.unet_block_out_channels[0]}")  # fmt: skip
         for name, divisor in (("block_out_channels", "norm_num_groups"),
@@ -142,6 +142,9 @@ def _check(ok, name, what, remedy):
 def _check_range(f, value):
     """Type, choices, finiteness and range of one field's value."""
     low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+    kind = float if isinstance(f.default, float) else type(f.default)
+    _check(isinstance(value, (kind, int) if kind is float else kind), f.name, f"{value!r} is of the wrong type",
+           f"give a {kind.__name__}")  # fmt: skip
     entries = value if isinstance(value, tuple) else (value,)
     _check(len(entries) > 0, f.name, "is empty", "give at least one value")
     for v in entries:
@@ -201,8 +204,8 @@ def choose_preset(args, given):
     defaults = SDConfig()
     captions = os.path.join(defaults.data_root, defaults.captions_json)
     if os.path.exists(captions):
-        return "coco", f"because {captions} is there; for the embedded data give --preset demo"
-    return "demo", f"because {captions} is not there; README.md says how to get COCO, or give --preset coco"
+        return "coco", f"because {captions} is there"
+    return "demo", f"because {captions} is not there; README.md says how to get COCO"
 
 
 def parse_training_args(description, stage, argv=None):
@@ -220,8 +223,11 @@ def parse_training_args(description, stage, argv=None):
     args.preset, reason = choose_preset(args, given)
     args.run_dir = args.run_dir or os.path.join("runs", args.preset)
     try:
+        _check(args.preset == "coco" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
+               "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))
     except UserError as e:
         parser.exit(2, f"error: {e}\n")
-    print(f"preset {args.preset}, {reason}")
+    other = next(name for name in PRESETS if name != args.preset)
+    print(f"preset {args.preset}, {reason}; the other one: --preset {other}")
     return cfg, args

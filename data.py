@@ -26,7 +26,7 @@ TRAIN_SERIES, HELD_OUT_SERIES = 0, 1  # series of scenes: disjoint by their seed
 
 
 class Pictures(Dataset):
-    """Picture files with captions. records: [(path, [captions])]; [i] -> uint8 (3, S, S), or str: what is wrong."""
+    """Picture files with captions. records: [(path, [captions])]; [i] -> uint8 array (3, S, S), or str: what is wrong."""
 
     def __init__(self, records, image_size):
         self.names = [path for path, _ in records]
@@ -38,13 +38,13 @@ class Pictures(Dataset):
 
     def __getitem__(self, i):
         try:
-            return to_tensor(read_square(self.names[i], self.image_size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            return to_array(read_square(self.names[i], self.image_size))
+        except Exception as e:  # decoders raise many kinds for a broken file, and each means that it cannot be read
             return f"{self.names[i]}: {e}"
 
 
 class Scenes(Dataset):
-    """`count` painted scenes of one series. [i] -> uint8 (3, S, S)."""
+    """`count` painted scenes of one series. [i] -> uint8 array (3, S, S)."""
 
     def __init__(self, series, count, image_size):
         self.series, self.count, self.image_size = series, count, image_size
@@ -54,12 +54,12 @@ class Scenes(Dataset):
         return self.count
 
     def __getitem__(self, i):
-        return to_tensor(paint(make_scene(self.series, i), self.image_size))
+        return to_array(paint(make_scene(self.series, i), self.image_size))
 
 
-def to_tensor(picture):
-    """RGB PIL picture -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+def to_array(picture):
+    """RGB PIL picture -> uint8 (3, H, W). An array, because a worker passes each tensor in a file of its own."""
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
 def read_square(path, size):
@@ -81,7 +81,8 @@ def open_dataset(cfg):
 def coco_splits(cfg):
     """Held-out records come from val2017 if it is there, else from pictures that training does not use."""
     train = coco_records(cfg.data_root, cfg.captions_json)
-    val_json = cfg.captions_json.replace("train", "val")
+    head, tail = os.path.split(cfg.captions_json)
+    val_json = os.path.join(head, tail.replace("train", "val"))
     val_there = val_json != cfg.captions_json and all(
         os.path.exists(os.path.join(cfg.data_root, p)) for p in (val_json, pictures_folder(val_json))
     )
@@ -93,7 +94,9 @@ def coco_splits(cfg):
 def split(records, cfg):
     """Take the held-out records, at most a tenth, off the end."""
     if len(records) < 2:
-        raise UserError(f"--data_root {cfg.data_root}: fewer than two pictures with captions; one at least is held out")
+        raise UserError(
+            f"--data_root {cfg.data_root}: fewer than two pictures with captions; give more, one is held out"
+        )
     count = max(1, min(cfg.held_out_images, len(records) // 10))
     return records[:-count], records[-count:]
 
@@ -113,6 +116,8 @@ def coco_records(root, captions_json):
         raise UserError(f"{path}: not there; README.md, 'Training on COCO', says how to get it, and --data_root where "
                         "it is; or --preset demo for the embedded data")  # fmt: skip
     folder = os.path.join(root, pictures_folder(captions_json))
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: the pictures are not there; README.md, 'Training on COCO', says how to get them")
     try:
         with open(path, encoding="utf-8-sig") as f:
             content = json.load(f)
@@ -147,16 +152,22 @@ def folder_records(root):
 
 def jsonl_records(root, listing):
     records = {}
-    with open(listing, encoding="utf-8-sig") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                if row:
-                    path = os.path.join(root, row["file_name"])
-                    records.setdefault(path, []).append(" ".join(row["text"].split()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{listing}: line {number} is not {{"file_name": ..., "text": ...}}; mend it') from None
+    for number, line in enumerate(read_lines(listing), 1):
+        try:
+            row = json.loads(line)
+            records.setdefault(os.path.join(root, row["file_name"]), []).append(" ".join(row["text"].split()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{listing}: line {number} is not {{"file_name": ..., "text": ...}}; mend it') from None
     return records
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return [line for line in f if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
 def sidecar_records(folder):
@@ -169,8 +180,7 @@ def sidecar_records(folder):
             captions_file = os.path.join(folder, stem + ".txt")
             if not os.path.exists(captions_file):
                 raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
-            with open(captions_file, encoding="utf-8-sig") as f:
-                captions = [" ".join(line.split()) for line in f if line.strip()]
+            captions = [" ".join(line.split()) for line in read_lines(captions_file)]
             records[os.path.join(folder, name)] = captions or [""]
     return records
 
@@ -192,7 +202,7 @@ def read_pictures(dataset, cfg, progress):
         if isinstance(result, str):
             bad.append(result)
         else:
-            pixels[len(good)] = result
+            pixels[len(good)] = torch.from_numpy(result)
             good.append(i)
         progress.update()
     progress.close()
@@ -206,8 +216,8 @@ def read_pictures(dataset, cfg, progress):
 def report_bad(bad, total, skip):
     shown = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
     if not skip:
-        raise UserError(f"{len(bad)} of {total} pictures cannot be read ({shown}); replace them, or leave them out "
-                        "with --skip_bad")  # fmt: skip
+        raise UserError(f"--data_root: {len(bad)} of {total} pictures cannot be read ({shown}); replace them, or leave "
+                        "them out with --skip_bad")  # fmt: skip
     print(f"left out {len(bad)} of {total} pictures that cannot be read ({shown})")
 
 

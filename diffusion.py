@@ -77,6 +77,8 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     device = next(unet.parameters()).device
     alpha_bar = baab()[2] if alpha_bar is None else alpha_bar
     prompts = [prompt] * num_samples if isinstance(prompt, str) else prompt
+    if len(prompts) != num_samples or (seeds is not None and len(seeds) != num_samples):
+        raise ValueError(f"{num_samples} samples need as many prompts and seeds")
     text_emb = text_encoder(prompts)  # (B, L, text_dim)
 
     def predict_noise(z, t):

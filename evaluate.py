@@ -3,12 +3,13 @@
   python evaluate.py                       the newest of runs/coco and runs/demo
   python evaluate.py --run_dir runs/demo --ema
 
-Prints, and writes to <run_dir>/evaluation.json:
+Prints, and writes to <run_dir>/evaluation.json (evaluation_ema.json with --ema):
   VAE        held-out MSE and PSNR, mean and std of the latents
   denoising  held-out noise-prediction loss in ten bins of t
-  prompts    on scenes only: pictures are generated for prompts not used in training, and a small classifier,
-             trained here on freshly painted scenes of a series of its own, reads subject, colour and place off
-             them. Its accuracy on real scenes is printed beside: it is the most that generated ones can reach.
+  prompts    on scenes only: pictures are generated for the prompts of a series that training does not use (not
+             for new combinations: the 480 all occur in training), and a small classifier, trained here on
+             freshly painted scenes of a series of its own, reads subject, colour and place off them. Its
+             accuracy on real scenes is printed beside: it is the most that generated ones can reach.
 What it is not: nothing of the run is trained or changed.
 """
 
@@ -27,7 +28,8 @@ from text_encoder import make_text_encoder
 from training import (
     Progress,
     check_made_from,
-    load_newest,
+    load_weights,
+    newest_epoch,
     newest_run,
     pick_device,
     read_config,
@@ -54,22 +56,28 @@ def main():
     cfg = read_config(run_dir, "train_unet")
     device = pick_device()
     check_made_from(run_dir, "train_unet")
-    vae = load_newest(run_dir, "vae_ckpt_epoch", "train_vae", AutoencoderKL(cfg), device)
-    unet = load_newest(run_dir, "ema_unet_ckpt" if args.ema else "unet_ckpt", "train_unet", UNetLatent(cfg), device)
-    t_embedder = load_newest(run_dir, "t_ember_ckpt", "train_unet", TimeEmbedding(cfg.time_dim), device)
-    text_encoder = make_text_encoder(args.text_encoder or cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device)
+    prefix = "ema_unet_ckpt" if args.ema else "unet_ckpt"
+    epoch = newest_epoch(run_dir, prefix, "train_unet")
+    vae_epoch = newest_epoch(run_dir, "vae_ckpt_epoch", "train_vae")
+    vae = load_weights(os.path.join(run_dir, f"vae_ckpt_epoch{vae_epoch}.pth"), AutoencoderKL(cfg)).to(device)
+    unet = load_weights(os.path.join(run_dir, f"{prefix}{epoch}.pth"), UNetLatent(cfg)).to(device)
+    t_embedder = load_weights(os.path.join(run_dir, f"t_ember_ckpt{epoch}.pth"), TimeEmbedding(cfg.time_dim)).to(device)
+    source = args.text_encoder or cfg.text_encoder
+    text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device)
 
     held_out_set = open_dataset(cfg)[1]
     held_out, captions = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
+    suffix = "_ema" if args.ema else ""
     results = {"run_dir": run_dir, "ema": args.ema}
     seed_step(cfg.seed, 0)
     results["vae"] = held_out_figures(vae, (to_float(x, device) for x in held_out.split(BATCH)))
     results["denoising"] = denoising_losses(vae, unet, t_embedder, text_encoder, held_out, captions, cfg, device)
     if cfg.dataset == "scenes":
-        results["prompts"] = prompt_accuracy(vae, unet, t_embedder, text_encoder, args, cfg, run_dir, device)
+        results["prompts"], images = prompt_accuracy(vae, unet, t_embedder, text_encoder, args.num_prompts, cfg, device)
+        save_grid(os.path.join(run_dir, f"evaluation{suffix}_samples.png"), images[:64], columns=8)
     report(results)
     text = json.dumps(results, indent=1)
-    write_whole(os.path.join(run_dir, "evaluation.json"), lambda path: open(path, "w").write(text))
+    write_whole(os.path.join(run_dir, f"evaluation{suffix}.json"), lambda path: open(path, "w").write(text))
 
 
 def parse_args():
@@ -92,16 +100,16 @@ def denoising_losses(vae, unet, t_embedder, text_encoder, held_out, captions, cf
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
     t, loss = held_out_losses(unet, t_embedder, text_encoder, z, first_captions, alpha_bar, BATCH)
     bins = (t * LOSS_BINS // cfg.timesteps).cpu()
-    by_bin = [loss.cpu()[bins == b].mean().item() for b in range(LOSS_BINS) if (bins == b).any()]
+    by_bin = [loss.cpu()[bins == b].mean().item() if (bins == b).any() else None for b in range(LOSS_BINS)]
     return {"mean": loss.mean().item(), "by_timestep": by_bin}
 
 
-def prompt_accuracy(vae, unet, t_embedder, text_encoder, args, cfg, run_dir, device):
-    """-> shares right of generated and of real scenes; writes the first pictures with what was asked for."""
+def prompt_accuracy(vae, unet, t_embedder, text_encoder, num_prompts, cfg, device):
+    """-> shares right of generated and of real scenes, and the generated pictures (num_prompts, 3, H, W) in [0, 1]."""
     classifier = train_classifier(cfg, device)
     real = paint_scenes(REAL_SERIES, REAL_SCENES, cfg)
     real_labels = scene_labels(REAL_SERIES, REAL_SCENES)
-    prompts = [full_caption(s.subject, s.colour, s.place) for s in scenes_of(PROMPT_SERIES, args.num_prompts)]
+    prompts = [full_caption(s.subject, s.colour, s.place) for s in scenes_of(PROMPT_SERIES, num_prompts)]
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     images, progress = [], Progress(len(prompts), "generate")
     for i in range(0, len(prompts), BATCH):
@@ -110,12 +118,11 @@ def prompt_accuracy(vae, unet, t_embedder, text_encoder, args, cfg, run_dir, dev
                              alpha_bar=alpha_bar, seeds=range(i, i + len(part))))  # fmt: skip
         progress.update(len(part))
     progress.close()
-    save_grid(os.path.join(run_dir, "evaluation_samples.png"), torch.cat(images)[:64], columns=8)
     return {
         "num_prompts": len(prompts),
         "generated": accuracy(classifier, (2 * x - 1 for x in images), scene_labels(PROMPT_SERIES, len(prompts))),
         "real": accuracy(classifier, (to_float(x, device) for x in real.split(BATCH)), real_labels),
-    }
+    }, torch.cat(images)
 
 
 def report(results):
@@ -124,10 +131,10 @@ def report(results):
     print(f"VAE, held-out     MSE {vae['mse']:.4f}, PSNR {vae['psnr_db']:.1f} dB, "
           f"latent mean {vae['latent_mean']:+.3f}, std {vae['latent_std']:.3f}")  # fmt: skip
     print(f"noise loss        {denoising['mean']:.4f}; by timestep "
-          + " ".join(f"{v:.3f}" for v in denoising["by_timestep"]))  # fmt: skip
+          + " ".join("-" if v is None else f"{v:.3f}" for v in denoising["by_timestep"]))  # fmt: skip
     for kind in ("generated", "real") if prompts else ():
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prompts[kind].items())
-        print(f"prompts, {kind:9}{shares}")
+        print(f"prompts, {kind:10}{shares}")
 
 
 class SceneClassifier(nn.Module):

@@ -23,8 +23,8 @@ from text_encoder import make_text_encoder
 from training import (
     Progress,
     check_made_from,
-    load_newest,
-    newest_checkpoint,
+    load_weights,
+    newest_epoch,
     newest_run,
     pick_device,
     read_config,
@@ -50,12 +50,14 @@ def main():
     device = pick_device()
     check_made_from(run_dir, "train_unet")
     prefix = "ema_unet_ckpt" if args.ema else "unet_ckpt"
-    model_name = os.path.basename(newest_checkpoint(run_dir, prefix, "train_unet"))
-    vae = load_newest(run_dir, "vae_ckpt_epoch", "train_vae", AutoencoderKL(cfg), device)
-    unet = load_newest(run_dir, prefix, "train_unet", UNetLatent(cfg), device)
-    t_embedder = load_newest(run_dir, "t_ember_ckpt", "train_unet", TimeEmbedding(cfg.time_dim), device)
+    epoch = newest_epoch(run_dir, prefix, "train_unet")
+    vae_epoch = newest_epoch(run_dir, "vae_ckpt_epoch", "train_vae")
+    vae = load_weights(os.path.join(run_dir, f"vae_ckpt_epoch{vae_epoch}.pth"), AutoencoderKL(cfg)).to(device)
+    unet = load_weights(os.path.join(run_dir, f"{prefix}{epoch}.pth"), UNetLatent(cfg)).to(device)
+    t_embedder = load_weights(os.path.join(run_dir, f"t_ember_ckpt{epoch}.pth"), TimeEmbedding(cfg.time_dim)).to(device)
+    model_name = f"{prefix}{epoch}"
     source = args.text_encoder or cfg.text_encoder
-    text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length).to(device).eval()
+    text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
 
     out = args.out or os.path.join(run_dir, "samples")
@@ -105,13 +107,13 @@ def parameters(prompt, steps, sampler, seed, image, model_name):
     """The `parameters` text of AUTOMATIC1111's web UI: the prompt, then one line of settings."""
     size = f"{image.shape[2]}x{image.shape[1]}"
     return (f"{' '.join(prompt.split())}\nSteps: {steps}, Sampler: {sampler.upper()}, CFG scale: 1, Seed: {seed}, "
-            f"Size: {size}, Model: {os.path.splitext(model_name)[0]}")  # fmt: skip
+            f"Size: {size}, Model: {model_name}")  # fmt: skip
 
 
 def save_png(folder, prompt, ending, image, text):
     """Save (3, H, W) in [0, 1] under a free name made from the prompt -> the path."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", text.encode("utf-8", "replace").decode())
+    info.add_text("parameters", text.encode("utf-8", "replace").decode())
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
     number = 1
     while os.path.exists(path := os.path.join(folder, f"{slug}_{ending}{f'_{number}' if number > 1 else ''}.png")):

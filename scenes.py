@@ -2,9 +2,9 @@
 
 Each scene is a subject in a colour at a place, for example "a red sports car on the road", with its own
 position, size, facing, light and wording; a caption that does not say the colour or the place means the usual
-one of its subject, so that "a red sports car" is on the road. Scene number `index` of series `seed` is a pure function of the
-two, so nothing has to be stored, any two machines paint the same picture, and because the painter knows
-what it painted, prompt-following can be measured (evaluate.py).
+one of its subject, so that "a red sports car" is on the road. Scene number `index` of series `seed` is a pure
+function of the two, so nothing has to be stored, any two machines paint the same picture, and because the
+painter knows what it painted, prompt-following can be measured (evaluate.py).
 
 What it is not: a model of the real world. It is here so that the three commands work on a fresh machine
 within minutes; nobody who trains on photographs needs to read this file.
@@ -378,7 +378,8 @@ def main():
             sheet.paste(paint(make_scene(0, i), 96), (i % 8 * 96, i // 8 * 96))
         sheet.save(sys.argv[1])
     else:
-        sys.exit("error: scenes.py: takes --words or a file ending in .png; give one of them")
+        print("error: scenes.py: takes --words or a file ending in .png; give one of them", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+import threading
 import urllib.request
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch.nn as nn
 
 CLIP_NAME = "openai/clip-vit-base-patch32"
 CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so the weights cannot change under us
-HUB_TIMEOUT = 8  # seconds to wait for the hub before saying that it cannot be reached
+HUB_TIMEOUT = 6  # seconds to wait for the hub before saying that it cannot be reached
 PROBE_TEXT, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
@@ -36,19 +37,19 @@ class ClipTextEncoder(nn.Module):
 
     def __init__(self, source=CLIP_NAME):
         super().__init__()
-        self.source = source
+        self.source, self.warned = source, set()
         self.tokenizer, self.model = _load_clip(source)
         self.model.eval().requires_grad_(False)
 
     def tokenize(self, prompts):
-        """Token ids (B, 77); says on stderr what did not fit. Special tokens written in a prompt are plain text."""
-        for prompt in prompts:
-            ids = self.tokenizer(prompt, split_special_tokens=True).input_ids
+        """Token ids (B, 77); says once on stderr what did not fit. Special tokens written in a prompt are plain text."""
+        end, rows = self.tokenizer.eos_token_id, []
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, split_special_tokens=True).input_ids):
             if len(ids) > self.max_length:
-                cut = self.tokenizer.decode(ids[self.max_length - 1 : -1])
-                print(f"warning: prompt cut to {self.max_length} tokens; left out: {cut!r}", file=sys.stderr)
-        return self.tokenizer(prompts, split_special_tokens=True, padding="max_length", truncation=True,
-                              max_length=self.max_length, return_tensors="pt").input_ids  # fmt: skip
+                _warn_once(self.warned, prompt, self.tokenizer.decode(ids[self.max_length - 1 : -1]), self.max_length)
+            ids = ids[: self.max_length - 1] + [end] if len(ids) > self.max_length else ids
+            rows.append(ids + [end] * (self.max_length - len(ids)))
+        return torch.tensor(rows)
 
     @torch.no_grad()
     def forward(self, prompts):
@@ -72,7 +73,7 @@ class WordHashTextEncoder(nn.Module):
     def __init__(self, dim=512, max_length=77):
         super().__init__()
         self.dim, self.max_length = dim, max_length
-        self.vectors = {}  # word or position -> (dim,), filled as they come up
+        self.vectors, self.warned = {}, set()  # word or position -> (dim,), filled as they come up
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def vector(self, key):
@@ -85,8 +86,7 @@ class WordHashTextEncoder(nn.Module):
     def encode(self, prompt):
         words = re.findall(r"\w+", prompt.lower())
         if len(words) > self.max_length:
-            cut = " ".join(words[self.max_length :])
-            print(f"warning: prompt cut to {self.max_length} words; left out: {cut!r}", file=sys.stderr)
+            _warn_once(self.warned, prompt, " ".join(words[self.max_length :]), self.max_length)
         out = torch.zeros(self.max_length, self.dim)
         for i, word in enumerate(words[: self.max_length]):
             out[i] = self.vector(f"word {word}") + self.POSITION_WEIGHT * self.vector(f"position {i}")
@@ -96,16 +96,28 @@ class WordHashTextEncoder(nn.Module):
         return torch.stack([self.encode(p) for p in prompts]).to(self.device_marker.device)
 
 
-def make_text_encoder(source, dim, max_length):
-    """source: "clip", "hash" or a directory (--text_encoder); raises OSError if it cannot be had as asked."""
+def make_text_encoder(source, dim, max_length, trained_with=None):
+    """source: "clip", "hash" or a directory (--text_encoder); raises OSError if it cannot be had as asked.
+
+    trained_with: what the U-Net was trained with, if that is not `source`; the two kinds cannot stand in for each other.
+    """
+    if trained_with is not None and (source == "hash") != (trained_with == "hash"):
+        raise OSError(f"--text_encoder: {source}: the run was trained with {trained_with}, whose embeddings are others; "
+                      "leave the flag out")  # fmt: skip
     if source == "hash":
         return WordHashTextEncoder(dim, max_length)
     encoder = ClipTextEncoder(CLIP_NAME if source == "clip" else source)
     found = (encoder.model.config.hidden_size, encoder.max_length)
     if found != (dim, max_length):
         raise OSError(f"--text_encoder: {encoder.source}: gives {found[1]} tokens of {found[0]} numbers, the settings "
-                      f"say {max_length} of {dim}; give --text_length {found[1]} --text_dim {found[0]}")  # fmt: skip
+                      f"say {max_length} of {dim}; train with --text_length {found[1]} --text_dim {found[0]}")  # fmt: skip
     return encoder
+
+
+def _warn_once(warned, prompt, left_out, max_length):
+    if prompt not in warned:
+        warned.add(prompt)
+        print(f"warning: prompt cut to {max_length} tokens; left out: {left_out!r}", file=sys.stderr)
 
 
 def _printable(prompt):
@@ -154,10 +166,21 @@ def _ask_hub():
     if constants.HF_HUB_OFFLINE:
         raise OSError(_unavailable(CLIP_NAME, "not downloaded yet, and HF_HUB_OFFLINE is set"))
     url = f"{constants.ENDPOINT}/{CLIP_NAME}/resolve/{CLIP_REVISION}/config.json"
-    try:
-        urllib.request.urlopen(url, timeout=HUB_TIMEOUT).close()
-    except (OSError, ValueError) as e:
-        raise OSError(_unavailable(CLIP_NAME, f"{constants.ENDPOINT} cannot be reached ({e})")) from None
+    answer = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(url, timeout=HUB_TIMEOUT).close()
+            answer.append("")
+        except Exception as e:  # name look-up, proxies and captive portals fail in many ways
+            answer.append(f" ({type(e).__name__}: {e})")
+
+    # a thread, because the time-out of urlopen bounds neither the look-up of the name nor a list of addresses
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT)
+    if answer != [""]:
+        raise OSError(_unavailable(CLIP_NAME, f"{constants.ENDPOINT} cannot be reached{''.join(answer)}"))
 
 
 def _unavailable(source, reason):

@@ -23,6 +23,7 @@ from text_encoder import make_text_encoder
 from training import (
     Progress,
     append_csv,
+    check_finite,
     claim_run,
     epoch_batches,
     file_sha256,
@@ -31,17 +32,19 @@ from training import (
     make_autocast,
     make_optimizer,
     new_record,
-    newest_checkpoint,
+    newest_epoch,
     optimizer_step,
     pick_device,
     plot_curves,
     read_config,
     read_csv,
+    read_records,
     run_script,
     save_grid,
     save_weights,
     seed_step,
     to_float,
+    use_large_pages,
     write_record,
 )
 from unet import TimeEmbedding, UNetLatent
@@ -58,6 +61,7 @@ def main():
     record = new_record("train_unet", cfg, args)
     if record is None:
         return
+    use_large_pages()
     device = pick_device()
     autocast = make_autocast(device, cfg.mixed_precision)
     vae, vae_path = load_vae(cfg, args.run_dir, device)
@@ -82,7 +86,7 @@ def main():
 
     # ---- State ----
     record |= {"made_from": {os.path.basename(vae_path): file_sha256(vae_path)}}
-    claim_run(args.run_dir, "train_unet", record, ["unet_*", "t_ember_*", "ema_unet_*"])
+    claim_run(args, "train_unet", record, ["unet_*", "t_ember_*", "ema_unet_*"])
     steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
@@ -127,18 +131,22 @@ def main():
     # ---- Done ----
     progress.close()
     write_record(args.run_dir, "train_unet", record | {"finished_epoch": last_epoch})
-    print(f"wrote {os.path.join(args.run_dir, f'unet_ckpt{last_epoch}.pth')}; next: "
-          'python sample.py --prompt "a red sports car"')  # fmt: skip
+    print(f"wrote {os.path.join(args.run_dir, f'unet_ckpt{last_epoch}.pth')}; "
+          f'next: python sample.py --run_dir {args.run_dir} --prompt "a red sports car"')  # fmt: skip
 
 
 def load_vae(cfg, run_dir, device):
-    """-> the run's newest VAE and its path; UserError if there is none, or it was trained with other settings."""
-    path = newest_checkpoint(run_dir, "vae_ckpt_epoch", "train_vae")
+    """-> the run's VAE and its path; UserError if there is none, it is not finished, or has other settings."""
+    epoch = newest_epoch(run_dir, "vae_ckpt_epoch", "train_vae")
     theirs = read_config(run_dir, "train_vae")
     for name in VAE_SETTINGS:
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"--{name}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
                             f"{getattr(theirs, name)}; give the same, or another --run_dir")  # fmt: skip
+    if read_records(run_dir)["train_vae"]["finished_epoch"] != epoch:
+        raise UserError(f"--run_dir {run_dir}: train_vae.py has not finished here; let it finish, or start it over")
+    path = os.path.join(run_dir, f"vae_ckpt_epoch{epoch}.pth")
+    print(f"VAE: {path}")
     return load_weights(path, AutoencoderKL(cfg)).to(device), path
 
 
@@ -162,6 +170,7 @@ def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):
 
 
 def log_training(run_dir, step, loss, lr):
+    check_finite([loss.item()], step, lr)
     append_csv(os.path.join(run_dir, "unet_train.csv"), {"step": step, "lr": lr, "loss": loss.item()})
 
 

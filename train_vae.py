@@ -19,6 +19,7 @@ from data import open_dataset, read_pictures
 from training import (
     Progress,
     append_csv,
+    check_finite,
     claim_run,
     conv_layout,
     epoch_batches,
@@ -35,6 +36,7 @@ from training import (
     save_weights,
     seed_step,
     to_float,
+    use_large_pages,
     write_record,
 )
 from vae import AutoencoderKL, held_out_figures, vae_loss
@@ -49,6 +51,7 @@ def main():
     record = new_record("train_vae", cfg, args)
     if record is None:
         return
+    use_large_pages()
     device = pick_device()
     autocast = make_autocast(device, cfg.mixed_precision)
 
@@ -64,7 +67,7 @@ def main():
     print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
 
     # ---- State ----
-    claim_run(args.run_dir, "train_vae", record, ["vae_*"])
+    claim_run(args, "train_vae", record, ["vae_*"])
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
@@ -99,7 +102,8 @@ def main():
     # ---- Done ----
     progress.close()
     write_record(args.run_dir, "train_vae", record | {"finished_epoch": last_epoch})
-    print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; next: python train_unet.py")
+    print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; "
+          f"next: python train_unet.py --preset {args.preset} --run_dir {args.run_dir}")  # fmt: skip
 
 
 def evaluate(vae, held_out, device, cfg):
@@ -109,6 +113,7 @@ def evaluate(vae, held_out, device, cfg):
 
 def log_training(run_dir, step, means, lr):
     loss, mse, kl = means.tolist()
+    check_finite((loss, mse, kl), step, lr)
     append_csv(os.path.join(run_dir, "vae_train.csv"), {"step": step, "lr": lr, "loss": loss, "mse": mse, "kl": kl})
 
 

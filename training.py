@@ -1,4 +1,4 @@
-"""What both trainers share: device and precision, randomness by step, weights on disk, records, curves, progress.
+"""What the scripts share: device and precision, randomness by step, weights on disk, records, curves, progress.
 
 What it is not: a Trainer. There are no hooks and no loop here, and nothing knows what is being trained.
 
@@ -31,14 +31,26 @@ def run_script(main):
     """Run a script's main(); what the user can put right ends in one line on stderr and exit code 1."""
     try:
         main()
-    except (UserError, OSError) as e:
-        message = " ".join(str(e).split())
-        sys.exit(f"error: {''.join(c if c.isprintable() else '?' for c in message)}")  # names may hold escape codes
-    except torch.OutOfMemoryError:
-        sys.exit("error: --batch_size: the device's memory is full; give a smaller one")
+    except UserError as e:
+        fail(str(e))
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else str(e))
+    except (RuntimeError, MemoryError) as e:
+        if "DataLoader worker" in str(e):
+            fail("--num_workers: a process that reads pictures died; give fewer, or 0")
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
+            raise
+        fail("--batch_size: not enough memory; give a smaller one, or fewer --max_images")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(message):
+    """Exit with code 1 and one line; names in it may hold line breaks and escape codes."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # leave the line of a progress bar
+    sys.exit("error: " + "".join(c if c.isprintable() else "?" for c in " ".join(message.split())))
 
 
 # ---- Device and precision -------------------------------------------------------------------------------
@@ -46,11 +58,14 @@ def run_script(main):
 
 def pick_device():
     """CUDA, else MPS, else CPU."""
-    # on Linux, large pages for large tensors: on a CPU a fifth of a step goes into page faults otherwise
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def use_large_pages():
+    """Large memory pages for large tensors, on Linux: on a CPU a fifth of a step goes into page faults otherwise."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first large allocation
 
 
 def computes_in_bf16(device):
@@ -120,6 +135,14 @@ def optimizer_step(optimizer, loss, lr, max_grad_norm):
     optimizer.step()
 
 
+def check_finite(values, step, lr):
+    """UserError if a figure of the training is NaN or infinite: from there on it would only waste time."""
+    if not all(math.isfinite(v) for v in values):
+        raise UserError(
+            f"--lr: the loss is no longer a number at step {step} (learning rate {lr:.2g}); give a lower one"
+        )
+
+
 class Progress:
     """A bar with rate and time left on a terminal, otherwise a plain line now and then."""
 
@@ -128,7 +151,7 @@ class Progress:
         self.bar = tqdm(total=total, desc=what, disable=None, dynamic_ncols=True)
         self.start = self.last = time.monotonic()
 
-    def update(self, count=1, note=""):
+    def update(self, count=1):
         self.done += count
         self.bar.update(count)
         now = time.monotonic()
@@ -136,9 +159,7 @@ class Progress:
             self.last = now
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / rate
-            print(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip(), flush=True)
-        elif note:
-            self.bar.set_postfix_str(note, refresh=False)
+            print(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} s left", flush=True)
 
     def say(self, text):
         """Print a line, above the bar if there is one."""
@@ -156,11 +177,15 @@ def read_records(run_dir):
     path = os.path.join(run_dir, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            records = json.load(f)
+        # asked for here, so that a file that was edited or comes from elsewhere is refused in one place
+        if all(isinstance(r["settings"], dict) and "finished_epoch" in r for r in records.values()):
+            return records
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; restore it or train into another --run_dir") from None
+    except (ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path}: not the record of a run; restore it or train into another --run_dir")
 
 
 def write_record(run_dir, script, record):
@@ -177,7 +202,10 @@ def read_config(run_dir, script):
             f"--run_dir {run_dir}: nothing was trained here; run python {script}.py --run_dir {run_dir} first"
         )
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in record["settings"].items() if k != "max_steps"}
-    return SDConfig(**settings)
+    try:
+        return SDConfig(**settings)
+    except (TypeError, UserError) as e:
+        raise UserError(f"{os.path.join(run_dir, 'config.json')}: {e}; restore it or train again") from None
 
 
 def new_record(script, cfg, args):
@@ -200,13 +228,16 @@ def new_record(script, cfg, args):
     return {"preset": args.preset, "finished_epoch": None, "settings": settings}
 
 
-def claim_run(run_dir, script, record, files):
-    """Begin a run: make its directory, delete what an earlier run of `script` left (patterns), write the record."""
-    os.makedirs(run_dir, exist_ok=True)
-    for name in os.listdir(run_dir):
-        if any(fnmatch.fnmatch(name, pattern) for pattern in files):
-            os.remove(os.path.join(run_dir, name))
-    write_record(run_dir, script, record)
+def claim_run(args, script, record, files):
+    """Begin a run: make its directory, write the record; with --overwrite delete what an earlier run left (patterns)."""
+    os.makedirs(args.run_dir, exist_ok=True)
+    old = [name for name in sorted(os.listdir(args.run_dir)) if any(fnmatch.fnmatch(name, f) for f in files)]
+    if old and not args.overwrite:
+        raise UserError(f"--run_dir {args.run_dir}: holds {old[0]}, of a run that config.json does not tell of; give "
+                        "another --run_dir, or --overwrite to delete it")  # fmt: skip
+    for name in old:
+        os.remove(os.path.join(args.run_dir, name))
+    write_record(args.run_dir, script, record)
 
 
 def write_whole(path, write):
@@ -235,25 +266,20 @@ def load_weights(path, module):
     return module.eval().requires_grad_(False)
 
 
-def newest_checkpoint(run_dir, prefix, script):
-    """-> the path of the checkpoint prefix{epoch}.pth with the highest epoch."""
+def newest_epoch(run_dir, prefix, script):
+    """The highest epoch of the checkpoints prefix{epoch}.pth."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.pth")
     found = [int(m[1]) for m in map(pattern.fullmatch, os.listdir(run_dir) if os.path.isdir(run_dir) else []) if m]
     if not found:
         raise UserError(
             f"--run_dir {run_dir}: no {prefix}*.pth here; run python {script}.py first, with the same --run_dir"
         )
-    return os.path.join(run_dir, f"{prefix}{max(found)}.pth")
-
-
-def load_newest(run_dir, prefix, script, module, device):
-    """The module with the weights of the newest checkpoint prefix{epoch}.pth, on `device` for inference."""
-    return load_weights(newest_checkpoint(run_dir, prefix, script), module).to(device)
+    return max(found)
 
 
 def check_made_from(run_dir, script):
     """UserError unless the files that `script` built on are still the same; they are listed in its record."""
-    for name, sha256 in read_records(run_dir)[script]["made_from"].items():
+    for name, sha256 in read_records(run_dir)[script].get("made_from", {}).items():
         path = os.path.join(run_dir, name)
         if not os.path.exists(path) or file_sha256(path) != sha256:
             raise UserError(f"{path}: not the file that {script}.py was run with; run python {script}.py --overwrite")
@@ -267,7 +293,9 @@ def newest_run(script):
         if read_records(run_dir).get(script, {}).get("finished_epoch"):
             finished[os.path.getmtime(os.path.join(run_dir, "config.json"))] = run_dir
     if not finished:
-        raise UserError(f"--run_dir: no finished run in runs/; run python train_vae.py, then python {script}.py")
+        raise UserError(
+            f"--run_dir: no finished run of {script}.py in runs/; run python train_vae.py and python train_unet.py"
+        )
     return finished[max(finished)]
 
 

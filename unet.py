@@ -183,8 +183,8 @@ class DownBlock(nn.Module):
     def __init__(self, in_channels, out_channels, num_layers, last, cfg):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList([resnet(a, b, cfg) for a, b in zip(widths, widths[1:])])
-        self.attentions = nn.ModuleList([transformer(out_channels, cfg, not last) for _ in range(num_layers)])
+        self.resnets = nn.ModuleList([make_resnet(a, b, cfg) for a, b in zip(widths, widths[1:])])
+        self.attentions = nn.ModuleList([make_transformer(out_channels, cfg, not last) for _ in range(num_layers)])
         if not last:
             self.downsamplers = nn.ModuleList([Downsample(out_channels)])
 
@@ -205,8 +205,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels, cfg):
         super().__init__()
-        self.attentions = nn.ModuleList([transformer(channels, cfg, only_cross_attention=False)])
-        self.resnets = nn.ModuleList([resnet(channels, channels, cfg) for _ in range(2)])
+        self.attentions = nn.ModuleList([make_transformer(channels, cfg, only_cross_attention=False)])
+        self.resnets = nn.ModuleList([make_resnet(channels, channels, cfg) for _ in range(2)])
 
     def forward(self, h, t_emb, text_emb):
         h = self.attentions[0](self.resnets[0](h, t_emb), text_emb)
@@ -219,8 +219,8 @@ class UpBlock(nn.Module):
     def __init__(self, in_channels, skip_channels, out_channels, first, last, cfg):
         super().__init__()
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
-        self.resnets = nn.ModuleList([resnet(a + s, out_channels, cfg) for a, s in zip(widths, skip_channels)])
-        self.attentions = nn.ModuleList([transformer(out_channels, cfg, not first) for _ in skip_channels])
+        self.resnets = nn.ModuleList([make_resnet(a + s, out_channels, cfg) for a, s in zip(widths, skip_channels)])
+        self.attentions = nn.ModuleList([make_transformer(out_channels, cfg, not first) for _ in skip_channels])
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
@@ -282,9 +282,9 @@ class UNetLatent(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-def resnet(in_channels, out_channels, cfg):
+def make_resnet(in_channels, out_channels, cfg):
     return ResnetBlock(in_channels, out_channels, cfg.time_dim, cfg.unet_norm_num_groups)
 
 
-def transformer(channels, cfg, only_cross_attention):
+def make_transformer(channels, cfg, only_cross_attention):
     return SpatialTransformer(channels, cfg.text_dim, cfg.num_heads, cfg.unet_norm_num_groups, only_cross_attention)

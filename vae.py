@@ -220,7 +220,7 @@ def held_out_figures(vae, batches):
         moments += torch.stack([z.mean(dim=(0, 2, 3)), z.square().mean(dim=(0, 2, 3))]).cpu().double() * len(x)
         count += len(x)
     mean, square = moments / count  # (C,) each
-    figures = {"mse": mse / count, "psnr_db": 10 * math.log10(4 * count / mse)}
+    figures = {"mse": mse / count, "psnr_db": 10 * math.log10(4 * count / mse) if 0 < mse < math.inf else math.nan}
     figures |= {"latent_mean": mean.mean().item()}
     figures |= {"latent_std": (square.mean() - mean.mean() ** 2).sqrt().item()}
     for c, (m, s) in enumerate(zip(mean, (square - mean**2).sqrt())):

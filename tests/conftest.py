@@ -48,6 +48,13 @@ def assert_one_line_error(result, code, *words):
         assert word in last, (word, last)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["coco", "demo"])
 def preset(request):
     return SDConfig(**PRESETS[request.param])

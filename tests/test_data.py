@@ -43,8 +43,19 @@ def coco(root, captions):
 
 def test_scenes_are_a_pure_function_of_seed_and_index():
     a, b = Scenes(0, 4, 32), Scenes(0, 9, 32)
-    assert a.captions == b.captions[:4] and torch.equal(a[3], b[3])
+    assert a.captions == b.captions[:4] and np.array_equal(a[3], b[3])
     assert make_scene(0, 3) != make_scene(1, 3)
+
+
+def test_scenes_are_the_same_on_every_machine():
+    """Pinned: a change of the series is a change of the data set, and must be meant."""
+    s = make_scene(0, 0)
+    assert (s.subject, s.colour, s.place, s.caption, s.facing, s.decoration) == PINNED_SCENE
+    assert round(s.x, 6) == PINNED_X
+
+
+PINNED_SCENE = ("sports car", "black", "in the desert", "a picture of a black sports car in the desert", -1, 1257272502)
+PINNED_X = 0.48705
 
 
 def test_scenes_are_as_rich_as_promised():
@@ -77,7 +88,7 @@ def test_the_same_scene_at_two_sizes_is_the_same_picture():
 
 def test_training_and_held_out_scenes_differ(tiny):
     train, held_out = open_dataset(tiny)
-    assert not any(torch.equal(train[i], held_out[i]) for i in range(8))
+    assert not any(np.array_equal(train[i], held_out[i]) for i in range(8))
 
 
 # ---- COCO ----
@@ -125,10 +136,18 @@ def test_missing_captions_say_how_to_get_them(tmp_path):
         open_dataset(SDConfig(data_root=str(tmp_path)))
 
 
+def test_missing_pictures_folder_is_named(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_train2017.json").write_text("{}")
+    with pytest.raises(UserError, match="train2017: the pictures are not there.*README.md"):
+        open_dataset(SDConfig(data_root=str(tmp_path)))
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"images": [], "annotations": []}', '{"images": [{"id": 1}], "annotations": []}',
                                      '{"images": [{"id": 1, "file_name": "../x.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}'])  # fmt: skip
 def test_a_file_that_is_no_captions_file_is_refused(tmp_path, content):
     (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
     (tmp_path / "annotations/captions_train2017.json").write_text(content)
     with pytest.raises(UserError, match="captions_train2017.json") as e:
         open_dataset(SDConfig(data_root=str(tmp_path)))
@@ -158,6 +177,16 @@ def test_a_folder_with_metadata(tmp_path):
 def test_a_bad_line_of_metadata_is_named(tmp_path, lines):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "x"}\n' + lines)
     with pytest.raises(UserError, match="line 2"):
+        folder_records(str(tmp_path))
+
+
+def test_captions_that_are_not_utf8_are_named(tmp_path):
+    picture(tmp_path / "images/cat.jpg")
+    (tmp_path / "images/cat.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match="cat.txt: not UTF-8"):
+        folder_records(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "images/cat.jpg", "text": "caf\xe9"}')
+    with pytest.raises(UserError, match="metadata.jsonl: not UTF-8"):
         folder_records(str(tmp_path))
 
 
