@@ -99,8 +99,8 @@ class SDConfig:
 
 
 # A preset is what differs from the defaults above, for both trainers; VAE_PRESETS adds what differs for train_vae.py.
-# demo is sized for two CPU cores and ten minutes. Its betas are three times the recipe's, so that the last step is
-# nearly pure noise, which sampling starts from; one group per GroupNorm let the small VAE learn faster.
+# demo is sized for two CPU cores and ten minutes. Its betas are the recipe's times 1000 / T, so that the last step
+# is nearly pure noise, which is what sampling starts from; with one group per GroupNorm the small VAE learns faster.
 PRESETS = {
     "coco": {},
     "demo": {
@@ -116,10 +116,10 @@ PRESETS = {
         "time_dim": 128,
         "text_encoder": "hash",
         "text_length": 12,
-        "beta_start": 3e-4,
-        "beta_end": 0.06,
+        "beta_start": 5e-4,
+        "beta_end": 0.1,
         "batch_size": 16,
-        "num_epochs": 5,
+        "num_epochs": 6,
         "lr": 1e-3,
         "lr_warmup_steps": 20,
         "adam_beta2": 0.99,
