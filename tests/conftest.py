@@ -1,5 +1,6 @@
 """Fixtures: tiny settings, a tiny finished run, and the directory with real data that `.ci/run` names."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import training  # noqa: E402
 from config import PRESETS, SDConfig  # noqa: E402
 
 # A whole pipeline in seconds: the demo's structure at the smallest size.
@@ -36,6 +38,25 @@ def run_script(script, *args, cwd, env=None):
         [sys.executable, str(ROOT / script), *map(str, args)],
         cwd=cwd, capture_output=True, text=True, timeout=280, env={**os.environ, **(env or {})},
     )  # fmt: skip
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_script without a new process, which saves the seconds of importing torch; a traceback fails the test."""
+
+    def run(script, *args, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        capsys.readouterr()
+        code, message = 0, ""
+        try:
+            training.run_script(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as e:
+            code, message = (1, e.code) if isinstance(e.code, str) else (e.code or 0, "")
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, out, err + message)
+
+    return run
 
 
 def assert_one_line_error(result, code, *words):
