@@ -51,7 +51,7 @@ from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL, reparameterize
 
 SAMPLES_PER_PROMPT = 2
-LOG_EVERY = 20  # steps per row of unet_train.csv
+LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
 VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
 
 
@@ -90,7 +90,7 @@ def main():
     steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    step, window = 0, torch.zeros((), device=device)  # sum of the losses since the last row
+    step, count, window = 0, 0, torch.zeros((), device=device)  # sum of the losses over `count` steps
     progress = Progress(total_steps, "train_unet")
 
     for epoch in range(1, last_epoch + 1):
@@ -109,9 +109,10 @@ def main():
             optimizer_step(optimizer, loss, lr, cfg.max_grad_norm)
             ema.update_parameters(unet)
             window += loss.detach()
-            if step % LOG_EVERY == 0 or step == total_steps:
-                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr)
-                window.zero_()
+            count += 1
+            if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
+                log_training(args.run_dir, step, window / count, lr)
+                window, count = torch.zeros_like(window), 0
             progress.update()
 
         held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)

@@ -42,7 +42,7 @@ from training import (
 from vae import AutoencoderKL, held_out_figures, vae_loss
 
 GRID_PICTURES = 8
-LOG_EVERY = 20  # steps per row of vae_train.csv
+LOG_EVERY = 20  # steps per row, and at the end of an epoch, of vae_train.csv
 
 
 def main():
@@ -71,7 +71,7 @@ def main():
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    step, window = 0, torch.zeros(3, device=device)  # sums of loss, mse, kl since the last row
+    step, count, window = 0, 0, torch.zeros(3, device=device)  # sums of loss, mse, kl over `count` steps
     progress = Progress(total_steps, "train_vae")
 
     for epoch in range(1, last_epoch + 1):
@@ -85,9 +85,10 @@ def main():
             loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
             optimizer_step(optimizer, loss, lr, cfg.max_grad_norm)
             window += torch.stack([loss, mse, kl]).detach()
-            if step % LOG_EVERY == 0 or step == total_steps:
-                log_training(args.run_dir, step, window / ((step - 1) % LOG_EVERY + 1), lr)
-                window.zero_()
+            count += 1
+            if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
+                log_training(args.run_dir, step, window / count, lr)
+                window, count = torch.zeros_like(window), 0
             progress.update()
 
         figures = evaluate(vae, held_out, device, cfg)
