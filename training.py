@@ -258,7 +258,7 @@ def load_weights(path, module):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(weights)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # a file that is no checkpoint raises one of many kinds
         what = "does not fit the settings in config.json" if isinstance(e, RuntimeError) else "is not a checkpoint"
