@@ -214,7 +214,7 @@ def test_squares_are_those_of_torchvision(tmp_path):
     transform = v2.Compose([v2.Resize(64, v2.InterpolationMode.BICUBIC), v2.CenterCrop(64)])
     theirs = np.asarray(transform(Image.open(tmp_path / "x.png")), dtype=float)
     ours = np.asarray(read_square(tmp_path / "x.png", 64), dtype=float)
-    assert np.abs(ours - theirs).mean() < 2  # of 255; half a pixel of shift alone would be five times that
+    assert np.abs(ours - theirs).mean() < 2  # of 255
 
 
 def test_a_turned_photograph_is_set_upright(tmp_path):
