@@ -13,9 +13,18 @@ class UserError(Exception):
     """Something the user can put right; the message is one line: `<file or flag>: <what>; <what to do>`."""
 
 
-def setting(default, text, *, low=None, high=None, choices=None):
-    """A field with its help text and inclusive range (of each entry, if it is a tuple)."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+def printable(text):
+    """Text from outside on one line, without control characters, escape codes and lone surrogates."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
+def setting(default, text, *, low=None, high=None, choices=None, free=False):
+    """A field with its help text and inclusive range (of each entry, if it is a tuple).
+
+    free: a resumed run may have another value, because it changes no result.
+    """
+    metadata = {"help": text, "low": low, "high": high, "choices": choices, "free": free}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,13 @@ class SDConfig:
     dataset: str = setting("coco", "coco, folder (your own pictures) or scenes (painted by scenes.py)",
                            choices=("coco", "folder", "scenes"))  # fmt: skip
     data_root: str = setting("data/coco", "folder of the data set: train2017/, val2017/ and annotations/ for coco; "
-                             "pictures with captions for folder; not used by scenes")  # fmt: skip
+                             "pictures with captions for folder; not used by scenes", free=True)  # fmt: skip
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
     max_images: int = setting(40_000, "training pictures: a fixed subset of what is there", low=1)
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
-    num_workers: int = setting(2, "processes that read pictures; 0 = none but the main one", low=0)
+    num_workers: int = setting(2, "processes that read pictures; 0 = none but the main one", low=0, free=True)
 
     # VAE
     latent_channels: int = setting(4, "channels of the latent", low=1)
@@ -70,7 +79,9 @@ class SDConfig:
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", low=0, high=1)
     mixed_precision: str = setting("auto", "no, bf16 (autocast), or auto: bf16 where the processor computes in it",
                                    choices=("auto", "no", "bf16"))  # fmt: skip
-    save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", low=1)
+    save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", low=1, free=True)
+    save_minutes: float = setting(10.0, "minutes between saves within an epoch, the most that a crash can cost; "
+                                  "0 = after every step", low=0, free=True)  # fmt: skip
     sample_prompts: tuple[str, ...] = setting(
         ("a dog on the grass", "a red sports car"), "prompts of the sample grid of each epoch"
     )

@@ -1,6 +1,9 @@
 """Captioned pictures: COCO, your own folder, or the embedded scenes, read once into memory as uint8.
 
-What it is not: it downloads nothing, keeps no files and knows no model.
+  python data.py download --max_images 40000   COCO's captions and that many of its pictures, into data/coco
+  python data.py verify                        what is wrong with the pictures and captions that are there
+
+What it is not: it downloads nothing unasked (how it does is in download.py), keeps no files and knows no model.
 
 The way of the data: records (a picture and its captions) -> read_pictures: every picture decoded, cropped to
 a square and resized, once -> uint8 (N, 3, S, S) -> the trainers take batches from it by index.
@@ -11,17 +14,27 @@ COCO captions: Chen et al. 2015 (arXiv 1504.00325); the 2017 release, https://co
 import hashlib
 import json
 import os
+import stat
+import sys
+from collections import Counter
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from config import UserError
+import download
+from config import Parser, SDConfig, UserError, positive_int, printable
 from scenes import make_scene, paint
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be a giant
+MAX_PICTURE_BYTES = 100 << 20
+MAX_CAPTIONS_BYTES = 1 << 30  # COCO's largest captions file has 92 MB
+MAX_CAPTION = 2000  # characters: far more than the 77 tokens that an encoder takes
+LISTED = 10  # names that verify prints of each kind
 TRAIN_SERIES, HELD_OUT_SERIES = 0, 1  # series of scenes: disjoint by their seed
 
 
@@ -63,10 +76,33 @@ def to_array(picture):
 
 
 def read_square(path, size):
-    """A file as an upright RGB picture of size x size: the largest centred square, bicubic; OSError if unreadable."""
+    """A file as an upright RGB picture of size x size: the largest centred square, bicubic.
+
+    What is transparent becomes white. Raises one of many kinds of exception if the file cannot be read.
+    """
+    return ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
+
+
+def read_rgb(path):
+    """A file as an upright RGB picture, decoded to its end; asks before it opens, and before it decodes."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_PICTURE_BYTES:
+        raise OSError(f"not a regular file of at most {MAX_PICTURE_BYTES >> 20} MiB")
     with Image.open(path, formats=FORMATS) as picture:
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-    return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise OSError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
+        return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def to_rgb(picture):
+    if picture.mode.startswith("I;16"):  # convert() would clip 16 bits at 255 instead of scaling them
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise OSError(f"pixels of an unknown range (mode {picture.mode})")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 def open_dataset(cfg):
@@ -111,29 +147,67 @@ def coco_records(root, captions_json):
 
     Because the order depends on nothing else, its first n records are the same subset on every machine.
     """
-    path = os.path.join(root, captions_json)
+    path, folder = os.path.join(root, captions_json), os.path.join(root, pictures_folder(captions_json))
+    if os.path.exists(path) and not os.path.isdir(folder):
+        raise UserError(f"{folder}: the pictures are not there; python data.py download gets them")
+    captions, odd = read_captions(path)
+    if odd:
+        print(f"{path}: left out {', '.join(f'{count} {what}' for what, count in odd.items())}")
+    return by_hash({os.path.join(folder, name): several for name, several in captions.items() if several})
+
+
+def read_captions(path):
+    """COCO captions file -> {file name: [captions]}, and a Counter of what is odd in it. UserError if it is no such file."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: not there; README.md, 'Training on COCO', says how to get it, and --data_root where "
-                        "it is; or --preset demo for the embedded data")  # fmt: skip
-    folder = os.path.join(root, pictures_folder(captions_json))
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: the pictures are not there; README.md, 'Training on COCO', says how to get them")
+        raise UserError(f"{path}: not there; python data.py download gets it, --data_root says where it is; or "
+                        "--preset demo for the embedded data")  # fmt: skip
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_CAPTIONS_BYTES:
+        raise UserError(f"{path}: not a file of at most {MAX_CAPTIONS_BYTES >> 20} MiB; download it again")
+    odd, where = Counter(), "content"
     try:
         with open(path, encoding="utf-8-sig") as f:
             content = json.load(f)
-        captions = {}
-        for a in content["annotations"]:
-            captions.setdefault(a["image_id"], []).append(" ".join(a["caption"].split()))
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        outside = [name for name in names.values() if os.path.basename(name) != name]
-        records = [(os.path.join(folder, names[i]), captions[i]) for i in names if i in captions]
+        captions, names = {}, {}
+        for i, image in enumerate(content["images"]):
+            where = f"images[{i}]"
+            name = names[image["id"]] = image["file_name"]
+            if not is_inside(name) or os.path.basename(name) != name:
+                raise ValueError(f"{name!r} is not a plain file name")
+            odd["pictures listed twice"] += name in captions
+            captions.setdefault(name, [])
+        for i, note in enumerate(content["annotations"]):
+            where = f"annotations[{i}]"
+            text, name = clean_caption(note["caption"]), names.get(note["image_id"])
+            odd["captions of unknown pictures"] += name is None
+            odd["empty captions"] += not text
+            if name is not None and text:
+                captions[name].append(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: not a COCO captions file ({type(e).__name__}: {e}); download it again") from None
-    if outside:
-        raise UserError(f"{path}: {outside[0]!r} is not a plain file name; download it again")
-    if not records:
+        reason = f"{where}: {type(e).__name__}: {printable(e)[:200]}"
+        raise UserError(f"{path}: not a COCO captions file ({reason}); download it again") from None
+    if not any(captions.values()):
         raise UserError(f"{path}: no picture in it has a caption; download it again")
-    return sorted(records, key=lambda r: name_hash(r[0]))
+    odd["pictures without a caption"] = sum(not several for several in captions.values())
+    return captions, +odd
+
+
+def clean_caption(text):
+    """A caption on one line, without the lone surrogates that JSON can smuggle in."""
+    if not isinstance(text, str):
+        raise ValueError(f"a caption that is {type(text).__name__}, not text")
+    return " ".join(text[: 4 * MAX_CAPTION].encode("utf-8", "replace").decode().split())[:MAX_CAPTION]
+
+
+def is_inside(name):
+    """Whether a name from a file stays within the folder it is joined to."""
+    parts = name.replace("\\", "/").split("/")
+    return name.isprintable() and name != "" and not os.path.isabs(name) and ".." not in parts
+
+
+def by_hash(records):
+    return sorted(
+        records.items(), key=lambda r: hashlib.sha256(os.path.basename(r[0]).encode("utf-8", "replace")).hexdigest()
+    )
 
 
 def folder_records(root):
@@ -147,7 +221,7 @@ def folder_records(root):
     if not records:
         raise UserError(f"--data_root {root}: no pictures with captions; give images/ with a .txt beside each picture, "
                         "or a metadata.jsonl")  # fmt: skip
-    return sorted(records.items(), key=lambda r: name_hash(r[0]))
+    return by_hash(records)
 
 
 def jsonl_records(root, listing):
@@ -155,14 +229,20 @@ def jsonl_records(root, listing):
     for number, line in enumerate(read_lines(listing), 1):
         try:
             row = json.loads(line)
-            records.setdefault(os.path.join(root, row["file_name"]), []).append(" ".join(row["text"].split()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{listing}: line {number} is not {{"file_name": ..., "text": ...}}; mend it') from None
+            if not is_inside(row["file_name"]):
+                raise ValueError
+            records.setdefault(os.path.join(root, row["file_name"]), []).append(clean_caption(row["text"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f'{listing}: line {number} is not {{"file_name": ..., "text": ...}} with a name within the folder; mend it'
+            ) from None
     return records
 
 
 def read_lines(path):
     """The lines of a text file that are not blank."""
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.getsize(path) > MAX_CAPTIONS_BYTES):
+        raise UserError(f"{path}: not a text file of at most {MAX_CAPTIONS_BYTES >> 20} MiB; replace it")
     try:
         with open(path, encoding="utf-8-sig") as f:
             return [line for line in f if line.strip()]
@@ -180,13 +260,9 @@ def sidecar_records(folder):
             captions_file = os.path.join(folder, stem + ".txt")
             if not os.path.exists(captions_file):
                 raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
-            captions = [" ".join(line.split()) for line in read_lines(captions_file)]
+            captions = [clean_caption(line) for line in read_lines(captions_file)]
             records[os.path.join(folder, name)] = captions or [""]
     return records
-
-
-def name_hash(path):
-    return hashlib.sha256(os.path.basename(path).encode("utf-8", "replace")).hexdigest()
 
 
 def read_pictures(dataset, cfg, progress):
@@ -214,13 +290,130 @@ def read_pictures(dataset, cfg, progress):
 
 
 def report_bad(bad, total, skip):
-    shown = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+    shown = printable("; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
     if not skip:
         raise UserError(f"--data_root: {len(bad)} of {total} pictures cannot be read ({shown}); replace them, or leave "
                         "them out with --skip_bad")  # fmt: skip
     print(f"left out {len(bad)} of {total} pictures that cannot be read ({shown})")
 
 
+def fingerprint(*parts):
+    """SHA-256 of tensors and lists of captions: the same if and only if a training would see the same."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.numpy() if isinstance(part, torch.Tensor) else json.dumps(part).encode())
+    return digest.hexdigest()
+
+
 def choose_captions(captions, index):
     """One caption of each picture in index, drawn from PyTorch's global generator."""
     return [captions[i][torch.randint(len(captions[i]), ()).item()] for i in index.tolist()]
+
+
+# ---- Commands -------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="download | verify")
+    defaults = SDConfig()
+    get = commands.add_parser("download", help="COCO's captions and a subset of its pictures", allow_abbrev=False)
+    look = commands.add_parser("verify", help="list what is wrong with a data set", allow_abbrev=False)
+    for command in (get, look):
+        command.add_argument("--data_root", default=defaults.data_root, help=f"(default: {defaults.data_root})")
+    get.add_argument("--max_images", type=positive_int, default=defaults.max_images,
+                     help=f"training pictures (default: {defaults.max_images})")  # fmt: skip
+    get.add_argument("--held_out_images", type=positive_int, default=defaults.held_out_images,
+                     help=f"pictures of val2017, held out (default: {defaults.held_out_images})")  # fmt: skip
+    get.add_argument("--base_url", default=download.BASE_URL, help="a mirror with COCO's paths (default: %(default)s)")
+    get.add_argument("--zip_sha1", default=download.ZIP_SHA1, help="checksum of the captions' zip, if not COCO's own")
+    get.add_argument("--connections", type=positive_int, default=16, help="pictures at a time (default: 16)")
+    look.add_argument("--dataset", choices=("coco", "folder"), default="coco", help="(default: coco)")
+    args = parser.parse_args()
+    sys.exit((download_coco if args.command == "download" else verify)(args))
+
+
+def download_coco(args):
+    """Captions, then the pictures that training with the same --max_images reads. -> exit code"""
+    train_json = SDConfig().captions_json
+    jsons = [train_json, train_json.replace("train", "val")]
+    download.get_captions(args.data_root, jsons, args.base_url, args.zip_sha1)
+    jobs = []
+    for captions_json, count in zip(jsons, (args.max_images, args.held_out_images)):
+        captions, _ = read_captions(os.path.join(args.data_root, captions_json))
+        folder = pictures_folder(captions_json)
+        names = [name for name, _ in by_hash({name: several for name, several in captions.items() if several})[:count]]
+        jobs += [(f"{args.base_url}/{folder}/{name}", os.path.join(args.data_root, folder, name)) for name in names]
+    failed = download.get_pictures(jobs, read_rgb, args.connections)
+    for path, why in failed:
+        print(f"{path}: {printable(why)}", file=sys.stderr)
+    if failed:
+        raise UserError(f"--base_url: {len(failed)} of {len(jobs)} pictures could not be had (listed above); give the "
+                        "same command again for these alone, or train with --skip_bad")  # fmt: skip
+    print(f"{len(jobs)} pictures are in {args.data_root}; next: python train_vae.py")
+
+
+def verify(args):
+    """Decode every picture that has captions; print what is wrong and what is odd. -> exit code"""
+    from training import Progress  # which imports torchvision, and nothing else here needs it
+
+    files, odd = coco_files(args.data_root) if args.dataset == "coco" else folder_files(args.data_root)
+    bad, progress = [], Progress(len(files), "verify")
+    with ThreadPool(os.cpu_count()) as pool:
+        for path, (mode, why) in zip(files, pool.imap(look_at, files)):
+            if why:
+                bad.append(f"{path}: {why}")
+            elif mode not in ("RGB", "L"):
+                odd.setdefault(f"pictures of mode {mode}, which become RGB", []).append(path)
+            progress.update()
+    progress.close()
+    for what, names in [*odd.items(), ("pictures that cannot be read", bad)]:
+        print(f"{len(names)} {what}")
+        for name in names if names is bad else names[:LISTED]:
+            print(f"  {printable(name)}")
+        if names is not bad and len(names) > LISTED:
+            print("  ...")
+    if bad:
+        raise UserError(f"--data_root {args.data_root}: {len(bad)} of {len(files)} pictures cannot be read (listed "
+                        "above); replace them, or train with --skip_bad")  # fmt: skip
+    return 0
+
+
+def coco_files(root):
+    """-> the pictures that are there and have captions, and {what is odd: [where]}."""
+    files, odd = [], {}
+    train_json = SDConfig().captions_json
+    for captions_json in (train_json, train_json.replace("train", "val")):
+        folder = os.path.join(root, pictures_folder(captions_json))
+        if captions_json != train_json and not os.path.isdir(folder):
+            continue
+        captions, found = read_captions(os.path.join(root, captions_json))
+        there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        for what, names in (("pictures in the captions file, but not in the folder", set(captions) - there),
+                            ("pictures in the folder, but not in the captions file", there - set(captions)),
+                            ("pictures without a caption", {n for n in captions if not captions[n]})):  # fmt: skip
+            odd.setdefault(what, []).extend(os.path.join(folder, name) for name in sorted(names))
+        for what in ("pictures listed twice", "captions of unknown pictures", "empty captions"):
+            odd.setdefault(what, []).extend([captions_json] * found[what])
+        files += [os.path.join(folder, name) for name in sorted(there & set(captions))]
+    return files, odd
+
+
+def folder_files(root):
+    return sorted(path for path, _ in folder_records(root)), {}
+
+
+def look_at(path):
+    """-> mode of a picture, and what is wrong with it ("" if nothing is)."""
+    try:
+        read_rgb(path)
+        with Image.open(path, formats=FORMATS) as picture:
+            return picture.mode, ""
+    except Exception as e:  # as in Pictures
+        return "", f"{type(e).__name__}: {e}"
+
+
+if __name__ == "__main__":
+    from training import run_script
+
+    run_script(main)

@@ -20,27 +20,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import load_models, newest_run, write_file
 from config import Parser, positive_int
 from data import Scenes, open_dataset, read_pictures
 from diffusion import baab, held_out_losses, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene
 from text_encoder import make_text_encoder
-from training import (
-    Progress,
-    check_made_from,
-    load_weights,
-    newest_epoch,
-    newest_run,
-    pick_device,
-    read_config,
-    run_script,
-    save_grid,
-    seed_step,
-    to_float,
-    write_whole,
-)
-from unet import TimeEmbedding, UNetLatent
-from vae import AutoencoderKL, held_out_figures, reparameterize
+from training import Progress, pick_device, run_script, save_grid, seed_step, to_float
+from vae import held_out_figures, reparameterize
 
 CLASSIFIER_SERIES, REAL_SERIES, PROMPT_SERIES = 101, 102, 103  # series of scenes that no training uses
 CLASSIFIER_SCENES, CLASSIFIER_EPOCHS, REAL_SCENES = 8192, 4, 1024
@@ -52,16 +39,9 @@ ATTRIBUTES = {"subject": list(SUBJECTS), "colour": list(COLOURS), "place": list(
 
 def main():
     args = parse_args()
-    run_dir = args.run_dir or newest_run("train_unet")
-    cfg = read_config(run_dir, "train_unet")
+    run_dir = args.run_dir or newest_run()
     device = pick_device()
-    check_made_from(run_dir, "train_unet")
-    prefix = "ema_unet_ckpt" if args.ema else "unet_ckpt"
-    epoch = newest_epoch(run_dir, prefix, "train_unet")
-    vae_epoch = newest_epoch(run_dir, "vae_ckpt_epoch", "train_vae")
-    vae = load_weights(os.path.join(run_dir, f"vae_ckpt_epoch{vae_epoch}.pth"), AutoencoderKL(cfg)).to(device)
-    unet = load_weights(os.path.join(run_dir, f"{prefix}{epoch}.pth"), UNetLatent(cfg)).to(device)
-    t_embedder = load_weights(os.path.join(run_dir, f"t_ember_ckpt{epoch}.pth"), TimeEmbedding(cfg.time_dim)).to(device)
+    cfg, _, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device)
 
@@ -76,8 +56,7 @@ def main():
         results["prompts"], images = prompt_accuracy(vae, unet, t_embedder, text_encoder, args.num_prompts, cfg, device)
         save_grid(os.path.join(run_dir, f"evaluation{suffix}_samples.png"), images[:64], columns=8)
     report(results)
-    text = json.dumps(results, indent=1)
-    write_whole(os.path.join(run_dir, f"evaluation{suffix}.json"), lambda path: open(path, "w").write(text))
+    write_file(os.path.join(run_dir, f"evaluation{suffix}.json"), json.dumps(results, indent=1).encode())
 
 
 def parse_args():

@@ -17,23 +17,11 @@ import torch
 from PIL import PngImagePlugin
 from torchvision.utils import make_grid
 
+from checkpoint import load_models, newest_run, write_file
 from config import Parser, UserError, positive_int
 from diffusion import SAMPLERS, baab, sample
 from text_encoder import make_text_encoder
-from training import (
-    Progress,
-    check_made_from,
-    load_weights,
-    newest_epoch,
-    newest_run,
-    pick_device,
-    read_config,
-    run_script,
-    to_pil,
-    write_whole,
-)
-from unet import TimeEmbedding, UNetLatent
-from vae import AutoencoderKL
+from training import Progress, pick_device, png_bytes, run_script
 
 IMAGES_PER_BATCH = 32
 MAX_SEED = 2**63 - 1
@@ -41,21 +29,13 @@ MAX_SEED = 2**63 - 1
 
 def main():
     args = parse_args()
-    run_dir = args.run_dir or newest_run("train_unet")
-    cfg = read_config(run_dir, "train_unet")
+    run_dir = args.run_dir or newest_run()
+    device = pick_device()
+    cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
     steps = args.steps or cfg.timesteps
     if steps > cfg.timesteps:
         print(f"error: --steps: {steps} is out of range; give 1 to {cfg.timesteps}", file=sys.stderr)
         sys.exit(2)
-    device = pick_device()
-    check_made_from(run_dir, "train_unet")
-    prefix = "ema_unet_ckpt" if args.ema else "unet_ckpt"
-    epoch = newest_epoch(run_dir, prefix, "train_unet")
-    vae_epoch = newest_epoch(run_dir, "vae_ckpt_epoch", "train_vae")
-    vae = load_weights(os.path.join(run_dir, f"vae_ckpt_epoch{vae_epoch}.pth"), AutoencoderKL(cfg)).to(device)
-    unet = load_weights(os.path.join(run_dir, f"{prefix}{epoch}.pth"), UNetLatent(cfg)).to(device)
-    t_embedder = load_weights(os.path.join(run_dir, f"t_ember_ckpt{epoch}.pth"), TimeEmbedding(cfg.time_dim)).to(device)
-    model_name = f"{prefix}{epoch}"
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
@@ -118,7 +98,7 @@ def save_png(folder, prompt, ending, image, text):
     number = 1
     while os.path.exists(path := os.path.join(folder, f"{slug}_{ending}{f'_{number}' if number > 1 else ''}.png")):
         number += 1
-    write_whole(path, lambda temporary: to_pil(image).save(temporary, format="PNG", pnginfo=info))
+    write_file(path, png_bytes(image, pnginfo=info))
     return path
 
 

@@ -16,63 +16,60 @@ import os
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config import UserError, parse_training_args
-from data import choose_captions, open_dataset, read_pictures
+from checkpoint import Run, load_vae
+from config import parse_training_args
+from data import choose_captions, fingerprint, open_dataset, read_pictures
 from diffusion import baab, held_out_losses, noise_prediction_loss, q_sample, sample
 from text_encoder import make_text_encoder
 from training import (
+    Interrupts,
     Progress,
     append_csv,
+    backward,
     check_finite,
-    claim_run,
     epoch_batches,
-    file_sha256,
-    load_weights,
     lr_at,
     make_autocast,
     make_optimizer,
-    new_record,
-    newest_epoch,
     optimizer_step,
     pick_device,
     plot_curves,
-    read_config,
     read_csv,
-    read_records,
     run_script,
     save_grid,
-    save_weights,
     seed_step,
     to_float,
     use_large_pages,
-    write_record,
 )
 from unet import TimeEmbedding, UNetLatent
-from vae import AutoencoderKL, reparameterize
+from vae import reparameterize
 
 SAMPLES_PER_PROMPT = 2
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
-VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
 
 
 def main():
     # ---- Set-up ----
     cfg, args = parse_training_args(__doc__, "unet")
-    record = new_record("train_unet", cfg, args)
-    if record is None:
-        return
     use_large_pages()
     device = pick_device()
+    run = Run(args, "unet", cfg, device)
+    if run.finished():
+        return
+    vae, run.about["made_from"] = load_vae(cfg, args.run_dir, device)
+    run.open()
     autocast = make_autocast(device, cfg.mixed_precision)
-    vae, vae_path = load_vae(cfg, args.run_dir, device)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
     pixels, captions = read_pictures(train_set, cfg, Progress(len(train_set), "read training pictures"))
+    held_out_pixels, held_out_captions = read_pictures(
+        held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures")
+    )
+    run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
     mu, log_var = encode_all(vae, pixels, device, cfg, "encode training pictures")
-    pixels, held_out_captions = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
-    held_out = encode_all(vae, pixels, device, cfg, "encode held-out pictures")
+    held_out = encode_all(vae, held_out_pixels, device, cfg, "encode held-out pictures")
     del pixels
 
     # ---- Model ----
@@ -85,16 +82,24 @@ def main():
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
     # ---- State ----
-    record |= {"made_from": {os.path.basename(vae_path): file_sha256(vae_path)}}
-    claim_run(args, "train_unet", record, ["unet_*", "t_ember_*", "ema_unet_*"])
     steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    step, count, window = 0, 0, torch.zeros((), device=device)  # sum of the losses over `count` steps
-    progress = Progress(total_steps, "train_unet")
+    modules = [unet, t_ember, ema.module]
+    start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(())}  # window: sum of the losses of `count` steps
+    at = run.resume(modules, optimizer, start)
+    step, epochs_done, count, window = at["step"], at["epoch"], at["count"], at["window"].to(device)
+    ema.n_averaged.fill_(step)
 
-    for epoch in range(1, last_epoch + 1):
-        for index in epoch_batches(cfg.seed, epoch, len(mu), cfg.batch_size)[: total_steps - step]:
+    def save(tag):
+        counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
+        run.save(tag, epochs_done == last_epoch, modules, optimizer, counters)
+
+    interrupts, progress = Interrupts(cfg.save_minutes), Progress(total_steps, "train_unet", step)
+
+    for epoch in range(epochs_done + 1, last_epoch + 1):
+        batches = epoch_batches(cfg.seed, epoch, len(mu), cfg.batch_size)
+        for index in batches[step - epochs_done * steps_per_epoch : total_steps - epochs_done * steps_per_epoch]:
             step += 1
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
@@ -106,7 +111,9 @@ def main():
             with autocast():
                 eps = unet(z_t, t_ember(t), text_emb)
             loss = noise_prediction_loss(eps, noise).mean()
-            optimizer_step(optimizer, loss, lr, cfg.max_grad_norm)
+            grad_norm = backward(optimizer, loss, cfg.max_grad_norm)
+            check_finite(loss, grad_norm, step, lr, run.last_saved)
+            optimizer_step(optimizer, lr)
             ema.update_parameters(unet)
             window += loss.detach()
             count += 1
@@ -114,6 +121,9 @@ def main():
                 log_training(args.run_dir, step, window / count, lr)
                 window, count = torch.zeros_like(window), 0
             progress.update()
+            if interrupts.due():
+                save(f"{epoch}_step{step}")
+                interrupts.saved(step)
 
         held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
         append_csv(
@@ -124,31 +134,15 @@ def main():
             unet, vae, t_ember, text_encoder, cfg, os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
         )
         draw_curves(args.run_dir)
+        epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
-            save_weights(os.path.join(args.run_dir, f"unet_ckpt{epoch}.pth"), unet)
-            save_weights(os.path.join(args.run_dir, f"t_ember_ckpt{epoch}.pth"), t_ember)
-            save_weights(os.path.join(args.run_dir, f"ema_unet_ckpt{epoch}.pth"), ema.module)
+            save(f"{epoch}")
+            interrupts.saved(step)
 
     # ---- Done ----
     progress.close()
-    write_record(args.run_dir, "train_unet", record | {"finished_epoch": last_epoch})
     print(f"wrote {os.path.join(args.run_dir, f'unet_ckpt{last_epoch}.pth')}; "
           f'next: python sample.py --run_dir {args.run_dir} --prompt "a red sports car"')  # fmt: skip
-
-
-def load_vae(cfg, run_dir, device):
-    """-> the run's VAE and its path; UserError if there is none, it is not finished, or has other settings."""
-    epoch = newest_epoch(run_dir, "vae_ckpt_epoch", "train_vae")
-    theirs = read_config(run_dir, "train_vae")
-    for name in VAE_SETTINGS:
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"--{name}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
-                            f"{getattr(theirs, name)}; give the same, or another --run_dir")  # fmt: skip
-    if read_records(run_dir)["train_vae"]["finished_epoch"] != epoch:
-        raise UserError(f"--run_dir {run_dir}: train_vae.py has not finished here; let it finish, or start it over")
-    path = os.path.join(run_dir, f"vae_ckpt_epoch{epoch}.pth")
-    print(f"VAE: {path}")
-    return load_weights(path, AutoencoderKL(cfg)).to(device), path
 
 
 @torch.no_grad()
@@ -171,7 +165,6 @@ def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):
 
 
 def log_training(run_dir, step, loss, lr):
-    check_finite([loss.item()], step, lr)
     append_csv(os.path.join(run_dir, "unet_train.csv"), {"step": step, "lr": lr, "loss": loss.item()})
 
 

@@ -14,30 +14,29 @@ import os
 
 import torch
 
+from checkpoint import Run
 from config import parse_training_args
-from data import open_dataset, read_pictures
+from data import fingerprint, open_dataset, read_pictures
 from training import (
+    Interrupts,
     Progress,
     append_csv,
+    backward,
     check_finite,
-    claim_run,
     conv_layout,
     epoch_batches,
     lr_at,
     make_autocast,
     make_optimizer,
-    new_record,
     optimizer_step,
     pick_device,
     plot_curves,
     read_csv,
     run_script,
     save_grid,
-    save_weights,
     seed_step,
     to_float,
     use_large_pages,
-    write_record,
 )
 from vae import AutoencoderKL, held_out_figures, vae_loss
 
@@ -48,17 +47,19 @@ LOG_EVERY = 20  # steps per row, and at the end of an epoch, of vae_train.csv
 def main():
     # ---- Set-up ----
     cfg, args = parse_training_args(__doc__, "vae")
-    record = new_record("train_vae", cfg, args)
-    if record is None:
-        return
     use_large_pages()
     device = pick_device()
+    run = Run(args, "vae", cfg, device)
+    if run.finished():
+        return
+    run.open()
     autocast = make_autocast(device, cfg.mixed_precision)
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
     pixels, _ = read_pictures(train_set, cfg, Progress(len(train_set), "read training pictures"))
     held_out, _ = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
+    run.about["data"] = fingerprint(pixels, held_out)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -67,15 +68,22 @@ def main():
     print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
 
     # ---- State ----
-    claim_run(args, "train_vae", record, ["vae_*"])
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    step, count, window = 0, 0, torch.zeros(3, device=device)  # sums of loss, mse, kl over `count` steps
-    progress = Progress(total_steps, "train_vae")
+    start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(3)}  # window: sums of loss, mse, kl
+    at = run.resume([vae], optimizer, start)
+    step, epochs_done, count, window = at["step"], at["epoch"], at["count"], at["window"].to(device)
 
-    for epoch in range(1, last_epoch + 1):
-        for index in epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)[: total_steps - step]:
+    def save(tag):
+        counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
+        run.save(tag, epochs_done == last_epoch, [vae], optimizer, counters)
+
+    interrupts, progress = Interrupts(cfg.save_minutes), Progress(total_steps, "train_vae", step)
+
+    for epoch in range(epochs_done + 1, last_epoch + 1):
+        batches = epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)
+        for index in batches[step - epochs_done * steps_per_epoch : total_steps - epochs_done * steps_per_epoch]:
             step += 1
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
@@ -83,13 +91,18 @@ def main():
             with autocast():
                 mu, log_var, x_hat = vae(x)
             loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
-            optimizer_step(optimizer, loss, lr, cfg.max_grad_norm)
+            grad_norm = backward(optimizer, loss, cfg.max_grad_norm)
+            check_finite(loss, grad_norm, step, lr, run.last_saved)
+            optimizer_step(optimizer, lr)
             window += torch.stack([loss, mse, kl]).detach()
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
                 log_training(args.run_dir, step, window / count, lr)
                 window, count = torch.zeros_like(window), 0
             progress.update()
+            if interrupts.due():
+                save(f"{epoch}_step{step}")
+                interrupts.saved(step)
 
         figures = evaluate(vae, held_out, device, cfg)
         append_csv(os.path.join(args.run_dir, "vae_held_out.csv"), {"epoch": epoch, "step": step} | figures)
@@ -97,12 +110,13 @@ def main():
                      f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}")  # fmt: skip
         show_reconstructions(vae, held_out, device, cfg, os.path.join(args.run_dir, f"vae_pictures_epoch{epoch}.png"))
         draw_curves(args.run_dir)
+        epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
-            save_weights(os.path.join(args.run_dir, f"vae_ckpt_epoch{epoch}.pth"), vae)
+            save(f"{epoch}")
+            interrupts.saved(step)
 
     # ---- Done ----
     progress.close()
-    write_record(args.run_dir, "train_vae", record | {"finished_epoch": last_epoch})
     print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; "
           f"next: python train_unet.py --preset {args.preset} --run_dir {args.run_dir}")  # fmt: skip
 
@@ -114,7 +128,6 @@ def evaluate(vae, held_out, device, cfg):
 
 def log_training(run_dir, step, means, lr):
     loss, mse, kl = means.tolist()
-    check_finite((loss, mse, kl), step, lr)
     append_csv(os.path.join(run_dir, "vae_train.csv"), {"step": step, "lr": lr, "loss": loss, "mse": mse, "kl": kl})
 
 

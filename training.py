@@ -1,40 +1,47 @@
-"""What the scripts share: device and precision, randomness by step, weights on disk, records, curves, progress.
+"""What the scripts share: errors, signals, device and precision, randomness by step, the optimizer's step, curves, progress.
 
-What it is not: a Trainer. There are no hooks and no loop here, and nothing knows what is being trained.
+What it is not: a Trainer. There are no hooks and no loop here, nothing knows what is being trained, and what a run
+keeps on disk is in checkpoint.py.
 
 Randomness is a function of progress (after EDM2, Karras et al. 2024, arXiv 2312.02696): data order from
 (seed, epoch), everything else from (seed, step). Nothing else has to be remembered to repeat a run.
 """
 
+import contextlib
 import csv
-import fnmatch
 import hashlib
-import json
+import io
 import math
 import os
-import re
+import shlex
+import signal
 import sys
 import time
-from dataclasses import asdict
 
 import torch
 from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from config import PRESETS, SDConfig, UserError
+from checkpoint import write_file
+from config import UserError, printable
 
 # ---- Errors ---------------------------------------------------------------------------------------------
 
 
 def run_script(main):
     """Run a script's main(); what the user can put right ends in one line on stderr and exit code 1."""
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except UserError as e:
-        fail(str(e))
+        fail(e)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
-        fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else str(e))
+        fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else e)
     except (RuntimeError, MemoryError) as e:
         if "DataLoader worker" in str(e):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
@@ -44,13 +51,49 @@ def run_script(main):
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def fail(message):
     """Exit with code 1 and one line; names in it may hold line breaks and escape codes."""
     if sys.stderr.isatty():
         print(file=sys.stderr)  # leave the line of a progress bar
-    sys.exit("error: " + "".join(c if c.isprintable() else "?" for c in " ".join(message.split())))
+    sys.exit(f"error: {printable(message)}")
+
+
+# ---- Signals --------------------------------------------------------------------------------------------
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Interrupts:
+    """When to save within an epoch: every `minutes`, and after the step in which a signal to stop has come."""
+
+    def __init__(self, minutes):
+        self.seconds, self.signal, self.last = 60 * minutes, None, time.monotonic()
+        for number in SIGNALS:
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.signal:  # asked twice: at once, which leaves the last set as it is
+            os._exit(128 + number)
+        self.signal = number
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            print("\nfinishing the step and saving; once more stops at once", file=sys.stderr, flush=True)
+
+    def due(self):
+        return self.signal is not None or time.monotonic() - self.last >= self.seconds
+
+    def saved(self, step):
+        """Note that a set has been saved; exit with code 128 + signal if one has asked for that."""
+        self.last = time.monotonic()
+        if self.signal:
+            command = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+            with contextlib.suppress(OSError):
+                print(f"stopped after step {step}, saved; to go on: {command}", flush=True)
+            sys.exit(128 + self.signal)
 
 
 # ---- Device and precision -------------------------------------------------------------------------------
@@ -124,31 +167,36 @@ def make_optimizer(parameters, cfg):
     return torch.optim.Adam(parameters, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
 
 
-def optimizer_step(optimizer, loss, lr, max_grad_norm):
-    """One step of gradient descent, the gradient clipped to max_grad_norm unless that is 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def backward(optimizer, loss, max_grad_norm):
+    """Gradients of the loss, clipped to max_grad_norm unless that is 0 -> their norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    parameters = optimizer.param_groups[0]["params"]
     if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def check_finite(loss, grad_norm, step, lr, last_saved):
+    """UserError if the loss or the gradient is NaN or infinite: the weights must not take such a step."""
+    if not math.isfinite(loss.item() + grad_norm.item()):
+        raise UserError(f"--lr: step {step} gives loss {loss.item():.3g} and gradient norm {grad_norm.item():.3g} "
+                        f"(learning rate {lr:.2g}); start over with a lower --lr and --overwrite; the last good set "
+                        f"is {last_saved}")  # fmt: skip
+
+
+def optimizer_step(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.step()
-
-
-def check_finite(values, step, lr):
-    """UserError if a figure of the training is NaN or infinite: from there on it would only waste time."""
-    if not all(math.isfinite(v) for v in values):
-        raise UserError(
-            f"--lr: the loss is no longer a number at step {step} (learning rate {lr:.2g}); give a lower one"
-        )
 
 
 class Progress:
     """A bar with rate and time left on a terminal, otherwise a plain line now and then."""
 
-    def __init__(self, total, what, seconds_between_lines=10):
-        self.total, self.what, self.done, self.pause = total, what, 0, seconds_between_lines
-        self.bar = tqdm(total=total, desc=what, disable=None, dynamic_ncols=True)
+    def __init__(self, total, what, done=0, seconds_between_lines=10):
+        self.total, self.what, self.done, self.before, self.pause = total, what, done, done, seconds_between_lines
+        self.bar = tqdm(total=total, desc=what, initial=done, disable=None, dynamic_ncols=True)
         self.start = self.last = time.monotonic()
 
     def update(self, count=1):
@@ -157,9 +205,9 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and (now - self.last > self.pause or self.done == self.total):
             self.last = now
-            rate = self.done / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / rate
-            print(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} s left", flush=True)
+            rate = (self.done - self.before) / max(now - self.start, 1e-9)
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total else ""
+            print(f"{self.what}: {self.done}/{self.total or '?'}, {rate:.1f}/s{left}", flush=True)
 
     def say(self, text):
         """Print a line, above the bar if there is one."""
@@ -169,152 +217,22 @@ class Progress:
         self.bar.close()
 
 
-# ---- The run directory ----------------------------------------------------------------------------------
-
-
-def read_records(run_dir):
-    """config.json of a run directory -> {script: {"settings": ..., "finished_epoch": ..., ...}}; {} if absent."""
-    path = os.path.join(run_dir, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            records = json.load(f)
-        # asked for here, so that a file that was edited or comes from elsewhere is refused in one place
-        if all(isinstance(r["settings"], dict) and "finished_epoch" in r for r in records.values()):
-            return records
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, TypeError, KeyError):
-        pass
-    raise UserError(f"{path}: not the record of a run; restore it or train into another --run_dir")
-
-
-def write_record(run_dir, script, record):
-    """Put one script's record into config.json."""
-    text = json.dumps(read_records(run_dir) | {script: record}, indent=1)
-    write_whole(os.path.join(run_dir, "config.json"), lambda path: open(path, "w").write(text))
-
-
-def read_config(run_dir, script):
-    """The SDConfig that `script` trained with in run_dir; UserError if it has not run there."""
-    record = read_records(run_dir).get(script)
-    if record is None:
-        raise UserError(
-            f"--run_dir {run_dir}: nothing was trained here; run python {script}.py --run_dir {run_dir} first"
-        )
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in record["settings"].items() if k != "max_steps"}
-    try:
-        return SDConfig(**settings)
-    except (TypeError, UserError) as e:
-        raise UserError(f"{os.path.join(run_dir, 'config.json')}: {e}; restore it or train again") from None
-
-
-def new_record(script, cfg, args):
-    """The record of this run of `script`, not yet written; None if the very same run is finished already.
-
-    UserError if the run directory holds another run, or an unfinished one, unless --overwrite is given.
-    """
-    settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as in the file
-    old = read_records(args.run_dir).get(script)
-    if old and not args.overwrite:
-        where, then = old["settings"], f"--run_dir {args.run_dir}: holds"
-        changed = [f"{k} was {where.get(k)}, now {v}" for k, v in settings.items() if where.get(k) != v]
-        if changed:
-            raise UserError(f"{then} a run with other settings ({'; '.join(changed)}); give another --run_dir, or "
-                            "--overwrite to start over")  # fmt: skip
-        if not old["finished_epoch"]:
-            raise UserError(f"{then} an unfinished run of {script}.py; give --overwrite to start over")
-        print(f"{args.run_dir}: this run is finished (epoch {old['finished_epoch']}); --overwrite starts it over")
-        return None
-    return {"preset": args.preset, "finished_epoch": None, "settings": settings}
-
-
-def claim_run(args, script, record, files):
-    """Begin a run: make its directory, write the record; with --overwrite delete what an earlier run left (patterns)."""
-    os.makedirs(args.run_dir, exist_ok=True)
-    old = [name for name in sorted(os.listdir(args.run_dir)) if any(fnmatch.fnmatch(name, f) for f in files)]
-    if old and not args.overwrite:
-        raise UserError(f"--run_dir {args.run_dir}: holds {old[0]}, of a run that config.json does not tell of; give "
-                        "another --run_dir, or --overwrite to delete it")  # fmt: skip
-    for name in old:
-        os.remove(os.path.join(args.run_dir, name))
-    write_record(args.run_dir, script, record)
-
-
-def write_whole(path, write):
-    """write(temporary path), then move it to `path`: the name never shows half a file."""
-    temporary = f"{path}.tmp"
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def save_weights(path, module):
-    """A plain state_dict, on the CPU, contiguous: opens with torch.load(path, weights_only=True)."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    write_whole(path, lambda temporary: torch.save(weights, temporary))
-
-
-def load_weights(path, module):
-    """Load a state_dict into module (strictly) and return it in eval mode, without gradients."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(weights)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as e:  # a file that is no checkpoint raises one of many kinds
-        what = "does not fit the settings in config.json" if isinstance(e, RuntimeError) else "is not a checkpoint"
-        raise UserError(f"{path}: {what}; train again with --overwrite, or restore the file") from None
-    return module.eval().requires_grad_(False)
-
-
-def newest_epoch(run_dir, prefix, script):
-    """The highest epoch of the checkpoints prefix{epoch}.pth."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.pth")
-    found = [int(m[1]) for m in map(pattern.fullmatch, os.listdir(run_dir) if os.path.isdir(run_dir) else []) if m]
-    if not found:
-        raise UserError(
-            f"--run_dir {run_dir}: no {prefix}*.pth here; run python {script}.py first, with the same --run_dir"
-        )
-    return max(found)
-
-
-def check_made_from(run_dir, script):
-    """UserError unless the files that `script` built on are still the same; they are listed in its record."""
-    for name, sha256 in read_records(run_dir)[script].get("made_from", {}).items():
-        path = os.path.join(run_dir, name)
-        if not os.path.exists(path) or file_sha256(path) != sha256:
-            raise UserError(f"{path}: not the file that {script}.py was run with; run python {script}.py --overwrite")
-
-
-def newest_run(script):
-    """The default run directory, runs/<preset>, in which `script` finished last."""
-    finished = {}
-    for preset in PRESETS:
-        run_dir = os.path.join("runs", preset)
-        if read_records(run_dir).get(script, {}).get("finished_epoch"):
-            finished[os.path.getmtime(os.path.join(run_dir, "config.json"))] = run_dir
-    if not finished:
-        raise UserError(
-            f"--run_dir: no finished run of {script}.py in runs/; run python train_vae.py and python train_unet.py"
-        )
-    return finished[max(finished)]
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # ---- What a run shows -----------------------------------------------------------------------------------
 
 
 def append_csv(path, row):
     """Append one row (a dict) to a CSV file, with a header if it is new."""
     new = not os.path.exists(path)
-    with open(path, "a", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, row)
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row)
+    if new:
+        writer.writeheader()
+    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as f:
+            f.write(text.getvalue())
+    except OSError as e:  # a full disk does not say of which file
+        raise OSError(e.errno, e.strerror, path) from None
 
 
 def read_csv(path):
@@ -339,8 +257,10 @@ def plot_curves(path, x_label, panels):
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
     plt.close(figure)
+    write_file(path, png.getvalue())
 
 
 def to_pil(x):
@@ -350,8 +270,14 @@ def to_pil(x):
 
 def save_grid(path, images, columns):
     """images: (N, 3, H, W) in [0, 1] -> one PNG, `columns` pictures to a row."""
-    grid = to_pil(make_grid(images.float().cpu(), nrow=columns))
-    write_whole(path, lambda temporary: grid.save(temporary, format="PNG"))
+    write_file(path, png_bytes(make_grid(images.float().cpu(), nrow=columns)))
+
+
+def png_bytes(x, **options):
+    """x: (3, H, W) in [0, 1] -> the bytes of a PNG."""
+    data = io.BytesIO()
+    to_pil(x).save(data, format="PNG", **options)
+    return data.getvalue()
 
 
 def to_float(pixels, device):

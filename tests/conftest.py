@@ -1,6 +1,9 @@
 """Fixtures: tiny settings, a tiny finished run, and the directory with real data that `.ci/run` names."""
 
+import hashlib
 import importlib
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+# SD_CODE: a patched copy of the project, for the tests that test these tests (test_sabotage.py).
+ROOT = Path(os.environ.get("SD_CODE") or Path(__file__).resolve().parent.parent)
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{Path(__file__).parent}"  # for the processes that tests start
 
+import child  # noqa: E402
+
+import checkpoint  # noqa: E402
 import training  # noqa: E402
 from config import PRESETS, SDConfig  # noqa: E402
 
@@ -57,6 +65,71 @@ def run_here(monkeypatch, capsys):
         return subprocess.CompletedProcess(args, code, out, err + message)
 
     return run
+
+
+class Forked:
+    """A script in a process of its own, forked off one that has PyTorch loaded: pid, signals and kill -9 are real.
+
+    inject: what child.py does to it on the way.
+    """
+
+    def __init__(self, folder, script, *args, cwd, inject=None):
+        folder.mkdir(exist_ok=True)
+        self.out, self.err = folder / "out", folder / "err"
+        argv = [script, *map(str, args)]
+        self.process = CONTEXT.Process(
+            target=child.run, args=(argv, str(cwd), str(self.out), str(self.err), inject or {})
+        )
+        self.process.start()
+
+    def wait(self, seconds=60):
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            pytest.fail(f"still running after {seconds} s: {self.err.read_text()}")
+        code = self.process.exitcode
+        return subprocess.CompletedProcess([], code, self.out.read_text(), self.err.read_text())
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["child"])
+
+
+@pytest.fixture
+def fork(tmp_path_factory):
+    """fork(script, *args, cwd=...) -> Forked; whatever still runs at the end of the test is killed."""
+    started = []
+
+    def start(script, *args, cwd, inject=None):
+        started.append(Forked(tmp_path_factory.mktemp("process"), script, *args, cwd=cwd, inject=inject))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+
+
+def sign(manifest):
+    """A manifest as its writer would leave it."""
+    return json.dumps(manifest | {"sha256": checkpoint.own_hash(manifest)})
+
+
+def forge(run, kind, tag, name, content):
+    """Put other bytes, or anything torch.save takes, into one file of a set and into its manifest."""
+    import io
+
+    import torch
+
+    if not isinstance(content, bytes):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+    (run / name).write_bytes(content)
+    path = run / f"{kind}_set{tag}.json"
+    manifest = json.loads(path.read_text())
+    listed = manifest["files"] if name in manifest["files"] else manifest["made_from"]
+    listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_text(sign(manifest))
 
 
 def assert_one_line_error(result, code, *words):

@@ -132,14 +132,14 @@ def test_real_coco_pictures_become_rgb_squares(real_data):
 
 
 def test_missing_captions_say_how_to_get_them(tmp_path):
-    with pytest.raises(UserError, match="README.md.*--preset demo"):
+    with pytest.raises(UserError, match="data.py download.*--preset demo"):
         open_dataset(SDConfig(data_root=str(tmp_path)))
 
 
 def test_missing_pictures_folder_is_named(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/captions_train2017.json").write_text("{}")
-    with pytest.raises(UserError, match="train2017: the pictures are not there.*README.md"):
+    with pytest.raises(UserError, match="train2017: the pictures are not there.*data.py download"):
         open_dataset(SDConfig(data_root=str(tmp_path)))
 
 

@@ -1,0 +1,172 @@
+"""COCO over HTTPS: the captions' zip with its checksum, then single pictures, many at a time; what was cut goes on.
+
+What it is not: it chooses no pictures and reads no captions (data.py does), and it trusts no server: a file gets its
+name only when it is whole and has been checked, so that whatever stops a download, the same command goes on from there.
+
+Source: https://cocodataset.org/#download. The host images.cocodataset.org has no certificate of its own name, so the
+addresses are those of the bucket behind it.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from config import UserError
+
+BASE_URL = "https://s3.amazonaws.com/images.cocodataset.org"
+ZIP = "annotations/annotations_trainval2017.zip"
+ZIP_SHA1 = "8551ee4bb5860311e79dace7e79cb91e432e78b3"
+MAX_ZIP_BYTES, MAX_JSON_BYTES, MAX_PICTURE_BYTES = 1 << 30, 1 << 30, 32 << 20
+TRIES, SECONDS_BEFORE_RETRY = 4, 1.0  # the pause doubles each time
+SILENCE = 10  # seconds without a byte after which a connection counts as dead
+SLOWEST = 20_000  # bytes per second below which a server counts as stalling, after SILENCE
+CHUNK = 1 << 16
+
+
+class Refused(Exception):
+    """An answer that another try would not change."""
+
+
+def fetch(url, path, most, progress=None):
+    """One try to get `url` into `path`, going on where a file of that name ends. Raises OSError or Refused."""
+    have = os.path.getsize(path) if os.path.exists(path) else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+            goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            have = have if goes_on else 0
+            length = answer.headers.get("Content-Length", "")
+            total = have + int(length) if length.isdigit() else None
+            if (total or 0) > most:
+                raise Refused(f"{total} bytes, {most} at most were expected")
+            with open(path, "ab" if goes_on else "wb") as f:
+                copy(answer, f, have, most, progress)
+                if total is not None and f.tell() != total:
+                    raise OSError(f"cut after {f.tell()} of {total} bytes")
+    except urllib.error.HTTPError as e:
+        if e.code == 416:  # nothing is left to send; what is there will be checked
+            return
+        kind = OSError if e.code >= 500 or e.code in (408, 429) else Refused
+        raise kind(f"HTTP {e.code} {e.reason}") from None
+    except (ValueError, urllib.error.URLError) as e:  # a malformed answer or address; no connection
+        raise OSError(str(getattr(e, "reason", e))) from None
+
+
+def copy(answer, f, have, most, progress):
+    start, got = time.monotonic(), 0
+    while chunk := answer.read1(CHUNK):
+        f.write(chunk)
+        got += len(chunk)
+        seconds = time.monotonic() - start
+        if have + got > most:
+            raise Refused(f"more than {most} bytes")
+        if seconds > SILENCE and got / seconds < SLOWEST:
+            raise OSError(f"stalls at {got / seconds:.0f} bytes per second")
+        if progress:
+            progress.update(len(chunk))
+
+
+def get(url, path, check, most, stop=None, keep_part=False, progress=None):
+    """Fetch with retries into path.part, check(path.part), then rename -> None, or why it could not be had."""
+    part, why = f"{path}.part", ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(SECONDS_BEFORE_RETRY * 2 ** (attempt - 1))
+        if stop is not None and stop.is_set():
+            return "stopped"
+        try:
+            fetch(url, part, most, progress)
+            check(part)
+            os.replace(part, path)
+            return None
+        except Refused as e:
+            why = str(e)
+            break
+        except Exception as e:  # the network, the server and decoders fail in many ways; all are worth another try
+            why = f"{type(e).__name__}: {e}"
+            if not isinstance(e, OSError) or not keep_part:
+                remove(part)
+    if not keep_part:
+        remove(part)
+    return why
+
+
+def remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def get_captions(root, jsons, base_url, sha1):
+    """The captions files `jsons` (paths within COCO's zip and within root), unless they are there."""
+    from training import Progress
+
+    wanted = [name for name in jsons if not os.path.exists(os.path.join(root, name))]
+    if not wanted:
+        return
+    os.makedirs(os.path.join(root, "annotations"), exist_ok=True)
+    path, url = os.path.join(root, os.path.basename(ZIP)), f"{base_url}/{ZIP}"
+
+    def check(part):
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "sha1").hexdigest()
+        if found != sha1:
+            raise ValueError(f"SHA-1 is {found}, {sha1} was expected")
+
+    print(f"captions: {url}")
+    progress = Progress(None, "captions (bytes)")
+    why = get(url, path, check, MAX_ZIP_BYTES, keep_part=True, progress=progress)
+    progress.close()
+    if why:
+        raise UserError(f"--base_url: {url}: {why}; give the same command again, or another --base_url")
+    extract(path, wanted, root)
+    remove(path)
+
+
+def extract(path, names, root):
+    """Only these members, each whole before it has its name; a zip with names that lead elsewhere is refused entirely."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            for info in z.infolist():
+                if info.filename.startswith("/") or ".." in info.filename.replace("\\", "/").split("/"):
+                    raise ValueError(f"holds a file {info.filename!r} that leads out of its folder")
+            for name in names:
+                if z.getinfo(name).file_size > MAX_JSON_BYTES:
+                    raise ValueError(f"{name} unpacks to more than {MAX_JSON_BYTES} bytes")
+                part = os.path.join(root, f"{name}.part")
+                with z.open(name) as source, open(part, "wb") as f:
+                    shutil.copyfileobj(source, f)
+                os.replace(part, os.path.join(root, name))
+    except (ValueError, KeyError, zipfile.BadZipFile, NotImplementedError, EOFError) as e:
+        remove(path)
+        raise UserError(f"{path}: not COCO's annotations: {e}; removed, download it again") from None
+
+
+def get_pictures(jobs, read, connections):
+    """jobs: [(url, path)], read: decodes a file or raises -> [(path, why)] of what could not be had."""
+    from training import Progress
+
+    for folder in {os.path.dirname(path) for _, path in jobs}:
+        os.makedirs(folder, exist_ok=True)
+    missing = [(url, path) for url, path in jobs if not os.path.exists(path)]
+    print(f"pictures: {len(jobs) - len(missing)} are there, {len(missing)} to get")
+    failed, stop, progress = [], threading.Event(), Progress(len(missing), "pictures")
+    with ThreadPoolExecutor(connections) as pool:
+        waiting = {pool.submit(get, url, path, read, MAX_PICTURE_BYTES, stop): path for url, path in missing}
+        try:
+            for done in as_completed(waiting):
+                if done.result():
+                    failed.append((waiting[done], done.result()))
+                progress.update()
+        except BaseException:  # Ctrl-C: let the threads go
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    progress.close()
+    return sorted(failed)

@@ -1,0 +1,168 @@
+"""One script in a forked process, with what a test does to it: a signal at a step, a kill at a write, a full disk.
+
+Imported once by the fork server, so that the seconds of loading PyTorch are paid once. Not a test.
+"""
+
+import builtins
+import errno
+import importlib
+import os
+import signal
+import sys
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot  # noqa: E402, F401
+
+import train_unet  # noqa: E402
+import train_vae  # noqa: E402
+import training  # noqa: E402
+
+
+def run(argv, cwd, out, err, inject):
+    """The body of the process: as `python SCRIPT ARGS` in cwd, output into two files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    sys.argv = argv
+    for what, value in inject.items():
+        globals()[what](value)
+    try:
+        training.run_script(importlib.import_module(argv[0].removesuffix(".py")).main)
+        code = 0
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        code = 1 if isinstance(e.code, str) else e.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def signal_at_step(value):
+    """(signal, step): sent to the process itself within that step."""
+    number, step = value
+    calls = []
+
+    def optimizer_step(optimizer, lr):
+        training.optimizer_step(optimizer, lr)
+        calls.append(lr)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+
+    train_vae.optimizer_step = train_unet.optimizer_step = optimizer_step
+
+
+def hang_at_step(step):
+    """That step never ends."""
+    calls = []
+
+    def optimizer_step(optimizer, lr):
+        calls.append(lr)
+        if len(calls) == step:
+            print("hanging", flush=True)
+            while True:
+                time.sleep(0.01)
+        training.optimizer_step(optimizer, lr)
+
+    train_vae.optimizer_step = train_unet.optimizer_step = optimizer_step
+
+
+def kill_at(value):
+    """(tag, n): kill -9 at the n-th write, sync, rename or removal of the save of that set, before it is done."""
+    tag, n = value
+    state = {"on": False, "count": 0}
+
+    def point():
+        state["count"] += state["on"]
+        if state["count"] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class HalfWritten:
+        """A file whose write is cut in the middle if the kill falls there."""
+
+        def __init__(self, f):
+            self.f = f
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.f.close()
+
+        def __getattr__(self, name):
+            return getattr(self.f, name)
+
+        def write(self, data):
+            self.f.write(data[: len(data) // 2])
+            self.f.flush()
+            point()
+            self.f.write(data[len(data) // 2 :])
+
+    real_open = builtins.open
+
+    def watched_open(path, mode="r", *args, **options):
+        f = real_open(path, mode, *args, **options)
+        name = os.path.basename(str(path))
+        if "w" in mode and name.endswith(".tmp") and "_step" in name:
+            state["on"] = tag in name
+        if not state["on"] or "w" not in mode:
+            return f
+        point()
+        return HalfWritten(f)
+
+    builtins.open = watched_open
+    for name in ("fsync", "replace", "remove"):
+        setattr(os, name, before(point, getattr(os, name)))
+
+
+def before(point, function):
+    def wrapped(*args, **options):
+        point()
+        return function(*args, **options)
+
+    return wrapped
+
+
+def fail_fsync(number):
+    """The n-th flush to the disk fails, as on a dying disk."""
+    calls, real = [], os.fsync
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(handle)
+
+    os.fsync = fsync
+
+
+def poison_step(step):
+    """The loss of that step is NaN."""
+    calls, real = [], training.backward
+
+    def backward(optimizer, loss, max_grad_norm):
+        calls.append(loss)
+        return real(optimizer, loss * float("nan") if len(calls) == step else loss, max_grad_norm)
+
+    train_vae.backward = train_unet.backward = backward
+
+
+def infinite_gradient(step):
+    """The loss of that step is finite, one entry of its gradient is not."""
+    calls = []
+
+    def backward(optimizer, loss, max_grad_norm):
+        calls.append(loss)
+        if len(calls) == step:
+            parameter = optimizer.param_groups[0]["params"][0]
+            parameter.register_hook(lambda grad: grad.index_fill(0, grad.new_zeros(1, dtype=int), float("inf")))
+        return training.backward(optimizer, loss, max_grad_norm)
+
+    train_vae.backward = train_unet.backward = backward
