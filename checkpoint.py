@@ -201,17 +201,21 @@ def read_manifest(run_dir, kind, tag):
         if whole and manifest["format"] != FORMAT:
             raise UserError(f"{path}: of format {manifest['format']}, this is the code of format {FORMAT}; use the "
                             "version of this project that wrote it, or train again")  # fmt: skip
-        if whole:
-            manifest["cfg"] = settings_to_config(manifest["settings"])
+        manifest["cfg"] = settings_to_config(manifest["settings"], path)
+        entries = [*manifest["files"].values(), *manifest.get("made_from", {}).values()]
+        if whole and all(type(e["bytes"]) is int and type(e["sha256"]) is str for e in entries):
             return manifest
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
+        pass  # each means that the file is not what write_file() was given
     raise Damaged(f"{path}: not the manifest that was saved; restore it")
 
 
-def settings_to_config(settings):
+def settings_to_config(settings, path):
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "max_steps"}
-    return SDConfig(**settings)
+    try:
+        return SDConfig(**settings)
+    except UserError as e:
+        raise Damaged(f"{path}: {e}") from None
 
 
 def newest_epoch_set(run_dir, kind):
@@ -244,12 +248,12 @@ def load_models(run_dir, ema, device):
     """
     tag, manifest = newest_epoch_set(run_dir, "unet")
     cfg, name = manifest["cfg"], f"{'ema_' if ema else ''}unet_ckpt{tag}"
-    vae_file = next(iter(manifest["made_from"]))
-    files = manifest["files"] | manifest["made_from"]
+    made_from = manifest.get("made_from", {})
+    files, vae_file = manifest["files"] | made_from, os.path.basename(next(iter(made_from), "the VAE"))
     models = []
     for file, module in ((vae_file, AutoencoderKL(cfg)), (f"{name}.pth", UNetLatent(cfg)),
                          (f"t_ember_ckpt{tag}.pth", TimeEmbedding(cfg.time_dim))):  # fmt: skip
-        path = os.path.join(run_dir, os.path.basename(file))
+        path = os.path.join(run_dir, file)
         if file not in files:
             raise UserError(f"{manifest_path(run_dir, 'unet', tag)}: does not list {file}; train again")
         try:

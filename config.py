@@ -8,6 +8,8 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 
+LARGEST = 10**9  # of any number whose range says nothing else: beyond it lie slips of the hand
+
 
 class UserError(Exception):
     """Something the user can put right; the message is one line: `<file or flag>: <what>; <what to do>`."""
@@ -153,6 +155,7 @@ def _check(ok, name, what, remedy):
 def _check_range(f, value):
     """Type, choices, finiteness and range of one field's value."""
     low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+    high = LARGEST if high is None else high
     kind = float if isinstance(f.default, float) else type(f.default)
     _check(isinstance(value, (kind, int) if kind is float else kind), f.name, f"{value!r} is of the wrong type",
            f"give a {kind.__name__}")  # fmt: skip
@@ -161,10 +164,16 @@ def _check_range(f, value):
     for v in entries:
         if choices:
             _check(v in choices, f.name, f"{v!r} is not a choice", f"choose from {', '.join(choices)}")
-        if isinstance(v, (int, float)):
+        if isinstance(v, float):
             _check(math.isfinite(v), f.name, f"{v} is not a finite number", "give a finite one")
+        if isinstance(v, (int, float)):
             _check(low is None or v >= low, f.name, f"{v} is out of range", f"give {low} or more")
-            _check(high is None or v <= high, f.name, f"{v} is out of range", f"give {high} or less")
+            _check(
+                v <= high,
+                f.name,
+                f"{v:.3g} is out of range" if v < 1e300 else "is out of range",
+                f"give {high} or less",
+            )
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,7 +181,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = message.removeprefix("argument ").replace("unrecognized arguments", "unknown flag")
-        self.exit(2, f"error: {message}; see python {os.path.basename(self.prog)} --help\n")
+        self.exit(2, f"error: {printable(message)[:500]}; see python {os.path.basename(self.prog)} --help\n")
 
 
 def add_run_flags(parser):
@@ -238,7 +247,7 @@ def parse_training_args(description, stage, argv=None):
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))
     except UserError as e:
-        parser.exit(2, f"error: {e}\n")
+        parser.exit(2, f"error: {printable(e)}\n")
     other = next(name for name in PRESETS if name != args.preset)
     print(f"preset {args.preset}, {reason}; the other one: --preset {other}")
     return cfg, args

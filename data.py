@@ -201,7 +201,7 @@ def clean_caption(text):
 def is_inside(name):
     """Whether a name from a file stays within the folder it is joined to."""
     parts = name.replace("\\", "/").split("/")
-    return name.isprintable() and name != "" and not os.path.isabs(name) and ".." not in parts
+    return name.isprintable() and 0 < len(name) < 1000 and not os.path.isabs(name) and ".." not in parts
 
 
 def by_hash(records):
@@ -290,7 +290,7 @@ def read_pictures(dataset, cfg, progress):
 
 
 def report_bad(bad, total, skip):
-    shown = printable("; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
+    shown = "; ".join(printable(b)[:300] for b in bad[:3]) + ("; ..." if len(bad) > 3 else "")
     if not skip:
         raise UserError(f"--data_root: {len(bad)} of {total} pictures cannot be read ({shown}); replace them, or leave "
                         "them out with --skip_bad")  # fmt: skip

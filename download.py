@@ -34,7 +34,7 @@ class Refused(Exception):
     """An answer that another try would not change."""
 
 
-def fetch(url, path, most, progress=None):
+def fetch(url, path, most, on_chunk):
     """One try to get `url` into `path`, going on where a file of that name ends. Raises OSError or Refused."""
     have = os.path.getsize(path) if os.path.exists(path) else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -47,7 +47,7 @@ def fetch(url, path, most, progress=None):
             if (total or 0) > most:
                 raise Refused(f"{total} bytes, {most} at most were expected")
             with open(path, "ab" if goes_on else "wb") as f:
-                copy(answer, f, have, most, progress)
+                copy(answer, f, have, most, on_chunk)
                 if total is not None and f.tell() != total:
                     raise OSError(f"cut after {f.tell()} of {total} bytes")
     except urllib.error.HTTPError as e:
@@ -59,7 +59,7 @@ def fetch(url, path, most, progress=None):
         raise OSError(str(getattr(e, "reason", e))) from None
 
 
-def copy(answer, f, have, most, progress):
+def copy(answer, f, have, most, on_chunk):
     start, got = time.monotonic(), 0
     while chunk := answer.read1(CHUNK):
         f.write(chunk)
@@ -69,20 +69,21 @@ def copy(answer, f, have, most, progress):
             raise Refused(f"more than {most} bytes")
         if seconds > SILENCE and got / seconds < SLOWEST:
             raise OSError(f"stalls at {got / seconds:.0f} bytes per second")
-        if progress:
-            progress.update(len(chunk))
+        on_chunk(len(chunk))
 
 
-def get(url, path, check, most, stop=None, keep_part=False, progress=None):
-    """Fetch with retries into path.part, check(path.part), then rename -> None, or why it could not be had."""
+def get(url, path, check, most, on_chunk, keep_part=False):
+    """Fetch with retries into path.part, check(path.part), then rename -> None, or why it could not be had.
+
+    on_chunk(bytes) is called for what arrives; it may raise Refused.
+    """
     part, why = f"{path}.part", ""
     for attempt in range(TRIES):
         if attempt:
             time.sleep(SECONDS_BEFORE_RETRY * 2 ** (attempt - 1))
-        if stop is not None and stop.is_set():
-            return "stopped"
         try:
-            fetch(url, part, most, progress)
+            on_chunk(0)
+            fetch(url, part, most, on_chunk)
             check(part)
             os.replace(part, path)
             return None
@@ -121,7 +122,7 @@ def get_captions(root, jsons, base_url, sha1):
 
     print(f"captions: {url}")
     progress = Progress(None, "captions (bytes)")
-    why = get(url, path, check, MAX_ZIP_BYTES, keep_part=True, progress=progress)
+    why = get(url, path, check, MAX_ZIP_BYTES, progress.update, keep_part=True)
     progress.close()
     if why:
         raise UserError(f"--base_url: {url}: {why}; give the same command again, or another --base_url")
@@ -157,8 +158,15 @@ def get_pictures(jobs, read, connections):
     missing = [(url, path) for url, path in jobs if not os.path.exists(path)]
     print(f"pictures: {len(jobs) - len(missing)} are there, {len(missing)} to get")
     failed, stop, progress = [], threading.Event(), Progress(len(missing), "pictures")
+
+    def refuse_when_stopped(_):
+        if stop.is_set():
+            raise Refused("stopped")
+
     with ThreadPoolExecutor(connections) as pool:
-        waiting = {pool.submit(get, url, path, read, MAX_PICTURE_BYTES, stop): path for url, path in missing}
+        waiting = {
+            pool.submit(get, url, path, read, MAX_PICTURE_BYTES, refuse_when_stopped): path for url, path in missing
+        }
         try:
             for done in as_completed(waiting):
                 if done.result():

@@ -117,7 +117,8 @@ def make_text_encoder(source, dim, max_length, trained_with=None):
 def _warn_once(warned, prompt, left_out, max_length):
     if prompt not in warned:
         warned.add(prompt)
-        print(f"warning: prompt cut to {max_length} tokens; left out: {left_out!r}", file=sys.stderr)
+        shown = left_out if len(left_out) < 60 else f"{left_out[:50]} ..."
+        print(f"warning: prompt cut to {max_length} tokens; left out: {shown!r}", file=sys.stderr)
 
 
 def _printable(prompt):

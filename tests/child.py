@@ -5,8 +5,12 @@ Imported once by the fork server, so that the seconds of loading PyTorch are pai
 
 import builtins
 import errno
+import hashlib
 import importlib
+import json
 import os
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -141,6 +145,43 @@ def fail_fsync(number):
         real(handle)
 
     os.fsync = fsync
+
+
+def limit_file_size(size):
+    """No file can grow beyond that, as on a disk that fills up; the system then answers "file too large"."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def remove_run_at_step(step):
+    """The run directory is deleted by somebody else within that step."""
+    calls = []
+
+    def optimizer_step(optimizer, lr):
+        training.optimizer_step(optimizer, lr)
+        calls.append(lr)
+        if len(calls) == step:
+            shutil.rmtree("run")
+
+    train_vae.optimizer_step = train_unet.optimizer_step = optimizer_step
+
+
+def look_at_sets(kind):
+    """Before each rename and removal: print how many sets are whole, by reading all that their manifests list."""
+    import checkpoint
+
+    def look():
+        whole = 0
+        for tag in checkpoint.sets_of("run", kind):
+            listed = json.load(open(f"run/{kind}_set{tag}.json"))["files"]
+            there = {name: open(f"run/{name}", "rb").read() for name in listed if os.path.exists(f"run/{name}")}
+            hashes = {name: hashlib.sha256(data).hexdigest() for name, data in there.items()}
+            weights = [name for name in listed if "state" not in name]
+            whole += all(hashes.get(name) == listed[name]["sha256"] for name in weights)
+        print(f"whole sets: {whole}")
+
+    for name in ("replace", "remove"):
+        setattr(os, name, before(look, getattr(os, name)))
 
 
 def poison_step(step):
