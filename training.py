@@ -9,6 +9,7 @@ Randomness is a function of progress (after EDM2, Karras et al. 2024, arXiv 2312
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import math
@@ -41,6 +42,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
+        if e.errno == errno.EMFILE:
+            fail("--num_workers: too many files are open at once; give fewer, or 0")
         fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else e)
     except (RuntimeError, MemoryError) as e:
         if "DataLoader worker" in str(e):

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -31,6 +32,7 @@ def run(argv, cwd, out, err, inject):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # what a process started from a shell would have
     os.chdir(cwd)
     sys.argv = argv
     for what, value in inject.items():
@@ -134,6 +136,10 @@ def before(point, function):
     return wrapped
 
 
+def fails(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def fail_fsync(number):
     """The n-th flush to the disk fails, as on a dying disk."""
     calls, real = [], os.fsync
@@ -141,7 +147,7 @@ def fail_fsync(number):
     def fsync(handle):
         calls.append(handle)
         if len(calls) == number:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fails()
         real(handle)
 
     os.fsync = fsync
@@ -151,6 +157,30 @@ def limit_file_size(size):
     """No file can grow beyond that, as on a disk that fills up; the system then answers "file too large"."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def limit(value):
+    resource.setrlimit(value[0], (value[1], value[1]))
+
+
+def limit_memory(more):
+    """`more` bytes of address space beyond what PyTorch takes to be loaded."""
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit((resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + more))
+
+
+def kill_worker_at(index):
+    """The process that reads that picture is killed, as by a system short of memory."""
+    import data
+
+    real = data.Scenes.__getitem__
+
+    def item(self, i):
+        if i == index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, i)
+
+    data.Scenes.__getitem__ = item
 
 
 def remove_run_at_step(step):

@@ -1,10 +1,12 @@
 """Fixtures: tiny settings, a tiny finished run, and the directory with real data that `.ci/run` names."""
 
+import contextlib
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +109,19 @@ def fork(tmp_path_factory):
     yield start
     for one in started:
         one.process.kill()
+
+
+@contextlib.contextmanager
+def no_hang(seconds=10):
+    def late(*_):
+        raise AssertionError(f"still running after {seconds} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def sign(manifest):

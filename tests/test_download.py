@@ -7,6 +7,8 @@ import hashlib
 import http.server
 import io
 import json
+import os
+import signal
 import socketserver
 import threading
 import time
@@ -246,18 +248,16 @@ def test_a_zip_that_is_not_cocos_is_refused_before_it_is_unpacked(server, get, t
     assert not [n for n in there(tmp_path) if n.endswith((".json", ".jpg"))] and not list(tmp_path.rglob("pwned"))
 
 
-def test_ctrl_c_leaves_nothing_half_and_the_next_goes_on(server, get, tmp_path, fork):
-    import os
-    import signal
-
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_download_stopped_leaves_nothing_half_and_the_next_goes_on(server, get, tmp_path, fork, number, code):
     server.faults = {f"/train2017/train{i}.jpg": "drips" for i in range(8)}
     sha1 = hashlib.sha1(server.files[f"/{download.ZIP}"]).hexdigest()
     one = fork("data.py", "download", "--max_images", 5, "--held_out_images", 3, "--data_root", "coco", "--base_url",
                f"http://127.0.0.1:{server.server_port}", "--zip_sha1", sha1, cwd=tmp_path)  # fmt: skip
     while not list(tmp_path.rglob("val*.jpg")):
         time.sleep(0.02)
-    os.kill(one.process.pid, signal.SIGINT)
-    assert one.wait(20).returncode == 130
+    os.kill(one.process.pid, number)
+    assert one.wait(20).returncode == code
     assert all(server.files[name] == data for name, data in pictures(tmp_path).items())
     server.faults = {}
     assert get().returncode == 0 and len(pictures(tmp_path)) == 8

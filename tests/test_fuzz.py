@@ -4,30 +4,15 @@ Every mutation follows from a seed. A mutation may be harmless; what is promised
 checkpoint is never used.
 """
 
-import contextlib
 import json
 import random
 import shutil
-import signal
 
 import pytest
-from conftest import TINY, flags
+from conftest import TINY, flags, no_hang
 from test_faults import COCO, GOOD, MINE, SAMPLE, coco, files, my_folder, photo
 
-MUTATIONS, SECONDS = 200, 10
-
-
-@contextlib.contextmanager
-def no_hang():
-    def late(*_):
-        raise AssertionError(f"still running after {SECONDS} s")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
+MUTATIONS = 200
 
 
 def mutate(data, dice):

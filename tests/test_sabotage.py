@@ -18,15 +18,15 @@ STOPPED_VAE, STOPPED_UNET = "goes_on_to_the_same_bits and 15-2-vae", "goes_on_to
 
 # what is broken: (file, text, what stands there instead, test file, -k)
 COPIES = {
-    "no temporary file": ("checkpoint.py", 'temporary = f"{path}.tmp"', "temporary = path", FAULTS, "fills_up_later"),
-    "nothing flushed": ("checkpoint.py", "os.fsync(f.fileno())", "pass", FAULTS, "failing_flush"),
-    "a failed save passes": ("checkpoint.py", "raise UserError(f\"{path}: could not be written", "print(f\"{path}", FAULTS, "failing_flush"),
+    "no temporary file": ("checkpoint.py", 'temporary = f"{path}.tmp"', "temporary = path", FAULTS, "old_file_survives"),
+    "nothing flushed": ("checkpoint.py", "os.fsync(f.fileno())", "pass", FAULTS, "flushed_before"),
+    "a failed save passes": ("checkpoint.py", "            os.remove(temporary)\n", "            os.remove(temporary)\n        return\n", FAULTS, "failing_flush"),
     "manifest before the files": ("checkpoint.py", "        files = {}\n", "        files = {}\n        self.prune(0)\n", FAULTS, "every_moment"),
     "no checksum": ("checkpoint.py", 'or hashlib.sha256(data).hexdigest() != entry["sha256"]', "", FAULTS, "damaged_checkpoint_is_named and flipped"),
     "manifest unsigned": ("checkpoint.py", 'manifest["sha256"] == own_hash(manifest)', "True", FAULTS, "changed_setting"),
     "pickles execute": ("checkpoint.py", "weights_only=True)\n    except", "weights_only=False)\n    except", FAULTS, "executes_does_not"),
     "NaN weights load": ("checkpoint.py", "if not tensor.isfinite().all():", "if False:", FAULTS, "do_not_fit and nan"),
-    "a pipe is opened": ("checkpoint.py", "if not stat.S_ISREG(found.st_mode):", "if False:", FAULTS, "refused_unread and device"),
+    "a pipe is opened": ("checkpoint.py", "if not stat.S_ISREG(found.st_mode):", "if False:", FAULTS, "refused_unread and pipe"),
     "Adam starts anew": ("checkpoint.py", 'load_adam(path, optimizer, state["adam"])', "pass", RESUME, STOPPED_VAE),
     "EMA starts anew": ("checkpoint.py", "in zip(names, modules):", "in zip(names, modules[:2]):", RESUME, STOPPED_UNET),
     "rows written twice": ("checkpoint.py", "self.restore_csv(name, text)", "pass", RESUME, "goes_on_to_the_same_bits and 9-4-vae"),
@@ -40,9 +40,9 @@ COPIES = {
     "bad steps are taken": ("training.py", "if not math.isfinite(loss.item() + grad_norm.item()):", "if False:", RESUME, "not_finite"),
     "a signal is not heard": ("training.py", "        self.signal = number\n", "", RESUME, "can_be_resumed and vae"),
     "bombs are unpacked": ("data.py", "if picture.width * picture.height > MAX_PIXELS:", "if False:", FAULTS, "bad_picture and 51"),
-    "cut pictures are filled up": ("data.py", "    with Image.open(path", "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n    with Image.open(path", FAULTS, "bad_picture and half"),
+    "cut pictures are filled up": ("data.py", "    found = os.stat(path)\n", "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n    found = os.stat(path)\n", FAULTS, "bad_picture and half"),
     "names may climb": ("data.py", '".." not in parts', "True", FAULTS, "stay_in_the_folder"),
-    "a half download has the name": ("download.py", 'f"{path}.part", ""', 'path, ""', DOWNLOAD, "ctrl_c"),
+    "a half download has the name": ("download.py", 'f"{path}.part", ""', 'path, ""', DOWNLOAD, "download_stopped"),
     "a download is not decoded": ("download.py", "            check(part)\n", "", DOWNLOAD, "fault_that_stays and html"),
 }  # fmt: skip
 

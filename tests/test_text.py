@@ -83,13 +83,17 @@ def test_a_lone_surrogate_is_no_crash(clip_dir):
     assert ClipTextEncoder(str(clip_dir))(["a \ud800 cat"]).isfinite().all()
 
 
-@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "model.safetensors, its second half"])
 def test_an_incomplete_clip_directory_is_refused(clip_dir, tmp_path, missing):
     """transformers gives an empty tokenizer, without a word, when its files are missing."""
     copy = tmp_path / "clip"
     shutil.copytree(clip_dir, copy)
-    for name in [missing] if missing.startswith("model") else [missing, "vocab.json", "merges.txt"]:
-        (copy / name).unlink()
+    weights = copy / "model.safetensors"
+    if missing.endswith("half"):
+        os.truncate(weights, weights.stat().st_size // 2)
+    else:
+        for name in [missing] if missing.startswith("model") else [missing, "vocab.json", "merges.txt"]:
+            (copy / name).unlink()
     with pytest.raises(OSError, match="--text_encoder") as e:
         ClipTextEncoder(str(copy))
     assert "\n" not in str(e.value) and str(copy) in str(e.value) and "hash" in str(e.value)
