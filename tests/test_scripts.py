@@ -216,7 +216,7 @@ def test_files_of_an_unknown_run_are_not_deleted(tiny_run, tmp_path, run_here):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, run_here):
-    result = run_here("train_vae.py", "--preset", "demo", "--run_dir", "run", *flags(TINY | {"lr": 1e30}), cwd=tmp_path)
+    result = run_here("train_vae.py", "--preset", "demo", "--run_dir", "run", *flags(TINY | {"lr": 1e9}), cwd=tmp_path)
     assert_one_line_error(result, 1, "--lr", "step")
     assert not list((tmp_path / "run").glob("vae_ckpt_epoch?.pth"))
 
