@@ -41,6 +41,8 @@ class SDConfig:
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
+    cache_dir: str = setting("data/prepared", "where decoded pictures and latents are kept for the next run; '' = in memory "
+                             "only", free=True)  # fmt: skip
     num_workers: int = setting(2, "processes that read pictures; 0 = none but the main one", low=0, free=True)
 
     # VAE

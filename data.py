@@ -1,12 +1,13 @@
-"""Captioned pictures: COCO, your own folder, or the embedded scenes, read once into memory as uint8.
+"""Captioned pictures: COCO, your own folder, or the embedded scenes, decoded once and kept as uint8.
 
   python data.py download --max_images 40000   COCO's captions and that many of its pictures, into data/coco
   python data.py verify                        what is wrong with the pictures and captions that are there
 
-What it is not: it downloads nothing unasked (how it does is in download.py), keeps no files and knows no model.
+What it is not: it downloads nothing unasked (how it does is in download.py) and knows no model.
 
 The way of the data: records (a picture and its captions) -> read_pictures: every picture decoded, cropped to
-a square and resized, once -> uint8 (N, 3, S, S) -> the trainers take batches from it by index.
+a square and resized, once and for all runs -> uint8 (N, 3, S, S), memory-mapped (prepared.py) -> the trainers take
+batches from it by index.
 
 COCO captions: Chen et al. 2015 (arXiv 1504.00325); the 2017 release, https://cocodataset.org/#download
 """
@@ -20,12 +21,15 @@ from collections import Counter
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import download
+import scenes
 from config import Parser, SDConfig, UserError, positive_int, printable
+from prepared import prepare
 from scenes import make_scene, paint
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
@@ -49,6 +53,18 @@ class Pictures(Dataset):
     def __len__(self):
         return len(self.names)
 
+    def key(self):
+        """What the arrays depend on: the files, known by name, size and time of change, and how they are made square."""
+        files = hashlib.sha256()
+        for path in self.names:
+            try:
+                found = os.stat(path)
+                seen = (os.path.basename(path), found.st_size, found.st_mtime_ns)
+            except (OSError, ValueError):
+                seen = (os.path.basename(path), None)
+            files.update(repr(seen).encode())
+        return {"files": files.hexdigest(), "square": "centre, bicubic", "pillow": PIL.__version__}
+
     def __getitem__(self, i):
         try:
             return to_array(read_square(self.names[i], self.image_size))
@@ -65,6 +81,12 @@ class Scenes(Dataset):
 
     def __len__(self):
         return self.count
+
+    def key(self):
+        """What the arrays depend on, the painter itself included."""
+        with open(scenes.__file__, "rb") as f:
+            painter = hashlib.file_digest(f, "sha256").hexdigest()
+        return {"series": self.series, "painter": painter, "pillow": PIL.__version__}
 
     def __getitem__(self, i):
         return to_array(paint(make_scene(self.series, i), self.image_size))
@@ -265,28 +287,29 @@ def sidecar_records(folder):
     return records
 
 
-def read_pictures(dataset, cfg, progress):
+def read_pictures(dataset, cfg, start_progress):
     """Read a whole set in parallel -> (uint8 (N, 3, S, S), captions: N lists of strings).
 
-    progress.update() is called for each picture, progress.close() at the end.
+    start_progress(total, done) -> an object whose update() is called for each picture, and close() at the end.
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
-    loader = DataLoader(dataset, batch_size=64, num_workers=cfg.num_workers, collate_fn=list)
-    pixels = torch.empty(len(dataset), 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
-    good, bad = [], []
-    for i, result in enumerate(result for batch in loader for result in batch):
-        if isinstance(result, str):
-            bad.append(result)
-        else:
-            pixels[len(good)] = torch.from_numpy(result)
-            good.append(i)
-        progress.update()
-    progress.close()
+    size = cfg.image_size
+
+    def rows(first):
+        rest = Subset(dataset, range(first, len(dataset)))
+        progress = start_progress(len(dataset), first)
+        for batch in DataLoader(rest, batch_size=64, num_workers=cfg.num_workers, collate_fn=list):
+            for row in batch:
+                progress.update()
+                yield row
+        progress.close()
+
+    pixels, bad = prepare(cfg.cache_dir, "pictures", dataset.key(), (3, size, size), np.uint8, len(dataset), rows)
     if bad:
-        report_bad(bad, len(dataset), cfg.skip_bad)
-    if not good:
+        report_bad(list(bad.values()), len(dataset), cfg.skip_bad)
+    if not len(pixels):
         raise UserError(f"--data_root {cfg.data_root}: none of its {len(dataset)} pictures can be read; check the path")
-    return pixels[: len(good)], [dataset.captions[i] for i in good]
+    return pixels, [captions for i, captions in enumerate(dataset.captions) if i not in bad]
 
 
 def report_bad(bad, total, skip):

@@ -26,7 +26,7 @@ from data import Scenes, open_dataset, read_pictures
 from diffusion import baab, held_out_losses, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene
 from text_encoder import make_text_encoder
-from training import Progress, pick_device, run_script, save_grid, seed_step, to_float
+from training import Progress, pick_device, run_script, save_grid, seed_step, show_progress, to_float
 from vae import held_out_figures, reparameterize
 
 CLASSIFIER_SERIES, REAL_SERIES, PROMPT_SERIES = 101, 102, 103  # series of scenes that no training uses
@@ -46,7 +46,7 @@ def main():
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device)
 
     held_out_set = open_dataset(cfg)[1]
-    held_out, captions = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
+    held_out, captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
     suffix = "_ema" if args.ema else ""
     results = {"run_dir": run_dir, "ema": args.ema}
     seed_step(cfg.seed, 0)
@@ -141,7 +141,7 @@ def scene_labels(series, count):
 
 def paint_scenes(series, count, cfg):
     """-> uint8 (count, 3, S, S): the first scenes of a series."""
-    return read_pictures(Scenes(series, count, cfg.image_size), cfg, Progress(count, f"paint series {series}"))[0]
+    return read_pictures(Scenes(series, count, cfg.image_size), cfg, show_progress(f"paint series {series}"))[0]
 
 
 def scenes_of(series, count):

@@ -13,6 +13,7 @@ What it is not: schedule, loss and sampler are in diffusion.py, the model in une
 import math
 import os
 
+import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -20,6 +21,7 @@ from checkpoint import Run, load_vae
 from config import parse_training_args
 from data import choose_captions, fingerprint, open_dataset, read_pictures
 from diffusion import baab, held_out_losses, noise_prediction_loss, q_sample, sample
+from prepared import prepare
 from text_encoder import make_text_encoder
 from training import (
     Interrupts,
@@ -38,6 +40,7 @@ from training import (
     run_script,
     save_grid,
     seed_step,
+    show_progress,
     to_float,
     use_large_pages,
 )
@@ -45,6 +48,7 @@ from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
 SAMPLES_PER_PROMPT = 2
+ENCODED_TOGETHER = 32  # pictures; always the same ones, because another grouping could give other last bits
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
 
 
@@ -63,14 +67,11 @@ def main():
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
-    pixels, captions = read_pictures(train_set, cfg, Progress(len(train_set), "read training pictures"))
-    held_out_pixels, held_out_captions = read_pictures(
-        held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures")
-    )
+    pixels, captions = read_pictures(train_set, cfg, show_progress("read training pictures"))
+    held_out_pixels, held_out_captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
     run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
-    mu, log_var = encode_all(vae, pixels, device, cfg, "encode training pictures")
-    held_out = encode_all(vae, held_out_pixels, device, cfg, "encode held-out pictures")
-    del pixels
+    mu, log_var = encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")
+    held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures")
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -145,15 +146,21 @@ def main():
           f'next: python sample.py --run_dir {args.run_dir} --prompt "a red sports car"')  # fmt: skip
 
 
-@torch.no_grad()
-def encode_all(vae, pixels, device, cfg, what):
-    """uint8 pictures (N, 3, S, S) -> mu, log_var of all of them: (N, latent_channels, s, s) each, on `device`."""
-    progress, parts = Progress(len(pixels), what), []
-    for x in pixels.split(cfg.batch_size):
-        parts.append(vae.encode(to_float(x, device)))
-        progress.update(len(x))
-    progress.close()
-    return torch.cat([mu for mu, _ in parts]), torch.cat([log_var for _, log_var in parts])
+def encode_all(vae, pixels, about, device, cfg, what):
+    """uint8 pictures (N, 3, S, S) -> mu, log_var of all of them: (N, latent_channels, s, s) each, computed once."""
+
+    @torch.no_grad()
+    def rows(first):
+        progress = Progress(len(pixels), what, first)
+        for x in pixels[first:].split(ENCODED_TOGETHER):
+            yield from torch.stack(vae.encode(to_float(x, device)), dim=1).cpu().numpy()  # (B, 2, C, s, s)
+            progress.update(len(x))
+        progress.close()
+
+    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": about["machine"]}
+    shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, ENCODED_TOGETHER)
+    return latents[:, 0].to(device), latents[:, 1].to(device)
 
 
 def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):

@@ -28,6 +28,7 @@ from training import (
     lr_at,
     make_autocast,
     make_optimizer,
+    near,
     optimizer_step,
     pick_device,
     plot_curves,
@@ -35,6 +36,7 @@ from training import (
     run_script,
     save_grid,
     seed_step,
+    show_progress,
     to_float,
     use_large_pages,
 )
@@ -57,9 +59,10 @@ def main():
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
-    pixels, _ = read_pictures(train_set, cfg, Progress(len(train_set), "read training pictures"))
-    held_out, _ = read_pictures(held_out_set, cfg, Progress(len(held_out_set), "read held-out pictures"))
+    pixels, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
+    held_out, _ = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
     run.about["data"] = fingerprint(pixels, held_out)
+    pixels = near(pixels, device)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)

@@ -194,6 +194,11 @@ def optimizer_step(optimizer, lr):
     optimizer.step()
 
 
+def show_progress(what):
+    """-> start(total, done), for work that may have nothing left to do and then shows nothing."""
+    return lambda total, done: Progress(total, what, done)
+
+
 class Progress:
     """A bar with rate and time left on a terminal, otherwise a plain line now and then."""
 
@@ -281,6 +286,13 @@ def png_bytes(x, **options):
     data = io.BytesIO()
     to_pil(x).save(data, format="PNG", **options)
     return data.getvalue()
+
+
+def near(pixels, device):
+    """pixels, moved to a GPU if they take less than half of what is free there; a batch is an index either way."""
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return pixels.to(device)
+    return pixels
 
 
 def to_float(pixels, device):

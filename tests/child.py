@@ -183,6 +183,11 @@ def kill_worker_at(index):
     data.Scenes.__getitem__ = item
 
 
+def kill_at_picture(index):
+    """The trainer is killed while it reads that picture."""
+    kill_worker_at(index)
+
+
 def remove_run_at_step(step):
     """The run directory is deleted by somebody else within that step."""
     calls = []

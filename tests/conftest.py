@@ -29,7 +29,7 @@ TINY = {
     "dataset": "scenes", "text_encoder": "hash", "image_size": 32, "max_images": 24, "held_out_images": 8,
     "block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4, "unet_norm_num_groups": 4,
     "unet_block_out_channels": (16, 32), "time_dim": 64, "text_length": 12,
-    "batch_size": 8, "num_epochs": 2, "num_workers": 0, "timesteps": 20, "lr": 1e-3,
+    "batch_size": 8, "num_epochs": 2, "num_workers": 0, "timesteps": 20, "lr": 1e-3, "cache_dir": "",
 }  # fmt: skip
 
 

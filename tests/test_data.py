@@ -19,7 +19,7 @@ from data import (
     read_square,
 )
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint
-from training import Progress
+from training import show_progress
 
 
 def picture(path, colour=(200, 30, 40), size=(60, 40), mode="RGB", **options):
@@ -35,7 +35,7 @@ def coco(root, captions):
         picture(root / "train2017" / name)
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations/captions_train2017.json").write_text(json.dumps({"images": images, "annotations": notes}))
-    return SDConfig(data_root=str(root), image_size=32, num_workers=0)
+    return SDConfig(data_root=str(root), image_size=32, num_workers=0, cache_dir="")
 
 
 # ---- Scenes ----
@@ -116,16 +116,16 @@ def test_held_out_pictures_are_not_trained_on(tmp_path):
 
 
 def test_val2017_is_held_out_where_it_is(real_data):
-    train, held_out = open_dataset(SDConfig(data_root=str(real_data / "coco-mini"), num_workers=0))
+    train, held_out = open_dataset(SDConfig(data_root=str(real_data / "coco-mini"), num_workers=0, cache_dir=""))
     assert len(train) == 80 and len(held_out) == 79
     assert "train2017" in train.names[0] and "val2017" in held_out.names[0]
 
 
 def test_real_coco_pictures_become_rgb_squares(real_data):
     """The set holds a greyscale JPEG and every orientation."""
-    cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2)
+    cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2, cache_dir="")
     train, _ = open_dataset(cfg)
-    pixels, captions = read_pictures(train, cfg, Progress(1, "read"))
+    pixels, captions = read_pictures(train, cfg, show_progress("read"))
     assert pixels.shape == (80, 3, 128, 128) and pixels.dtype == torch.uint8
     assert all(len(c) >= 5 for c in captions)
     assert pixels.float().std(dim=(1, 2, 3)).min() > 5
@@ -240,17 +240,17 @@ def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_p
     spoil(tmp_path / "train2017/3.jpg", how)
     data = Pictures(coco_records(cfg.data_root, cfg.captions_json), 32)
     with pytest.raises(UserError, match=r"1 of 6 pictures.*3\.jpg.*--skip_bad"):
-        read_pictures(data, cfg, Progress(1, "read"))
-    skipping = SDConfig(data_root=cfg.data_root, image_size=32, num_workers=0, skip_bad=True)
-    pixels, captions = read_pictures(data, skipping, Progress(1, "read"))
+        read_pictures(data, cfg, show_progress("read"))
+    skipping = SDConfig(data_root=cfg.data_root, image_size=32, num_workers=0, skip_bad=True, cache_dir="")
+    pixels, captions = read_pictures(data, skipping, show_progress("read"))
     assert len(pixels) == len(captions) == 5 and ["caption 3"] not in captions
     assert "3.jpg" in capsys.readouterr().out
 
 
 def test_workers_change_nothing(tmp_path):
-    cfg = SDConfig(dataset="scenes", image_size=32, num_workers=0)
-    two = SDConfig(dataset="scenes", image_size=32, num_workers=2)
-    a, b = (read_pictures(Scenes(0, 130, 32), c, Progress(1, "read"))[0] for c in (cfg, two))
+    cfg = SDConfig(dataset="scenes", image_size=32, num_workers=0, cache_dir="")
+    two = SDConfig(dataset="scenes", image_size=32, num_workers=2, cache_dir="")
+    a, b = (read_pictures(Scenes(0, 130, 32), c, show_progress("read"))[0] for c in (cfg, two))
     assert torch.equal(a, b)
 
 

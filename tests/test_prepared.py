@@ -1,0 +1,169 @@
+"""Promises of prepared.py: computed once, the same as computed anew, never half, never of something else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_one_line_error, flags
+from test_data import picture
+
+from config import SDConfig, UserError
+from data import folder_records, open_dataset, read_pictures
+from prepared import prepare
+from training import show_progress
+
+COUNT = 10
+
+
+class Rows:
+    """Counts what is asked of it; may fail at a row; row 3 and 8 cannot be had."""
+
+    def __init__(self, stop_at=COUNT, bad=()):
+        self.stop_at, self.bad, self.firsts = stop_at, bad, []
+
+    def __call__(self, first):
+        self.firsts.append(first)
+        for i in range(first, COUNT):
+            if i == self.stop_at:
+                raise KeyboardInterrupt
+            yield f"row {i} is bad" if i in self.bad else np.full((2, 3), i, np.float32)
+
+
+def make(folder, rows, key=None, together=1):
+    return prepare(str(folder), "rows", key or {"of": "a test"}, (2, 3), np.float32, COUNT, rows, together)
+
+
+def expected(bad=()):
+    return torch.stack([torch.full((2, 3), float(i)) for i in range(COUNT) if i not in bad])
+
+
+def test_what_is_prepared_is_not_computed_again(tmp_path):
+    rows = Rows()
+    first, _ = make(tmp_path, rows)
+    second, _ = make(tmp_path, rows)
+    assert torch.equal(first, expected()) and torch.equal(second, expected()) and rows.firsts == [0]
+    assert torch.equal(make("", rows)[0], expected())
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".json"]
+
+
+def test_another_key_is_another_file(tmp_path):
+    rows = Rows()
+    for key in ({"of": "a test"}, {"of": "another"}, {"of": "a test", "size": 1}):
+        make(tmp_path, rows, key)
+    assert rows.firsts == [0, 0, 0] and len(list(tmp_path.glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("bad", [(), (3, 8)])
+@pytest.mark.parametrize("stop_at", [1, 5, 9])
+@pytest.mark.parametrize("together", [1, 4])
+def test_a_build_that_was_stopped_goes_on(tmp_path, bad, stop_at, together):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Rows(stop_at, bad), together=together)
+    assert not list(tmp_path.glob("*.json"))
+    rows = Rows(bad=bad)
+    found, why = make(tmp_path, rows, together=together)
+    assert torch.equal(found, expected(bad)) and why == {i: f"row {i} is bad" for i in bad}
+    assert rows.firsts == [stop_at - stop_at % together]
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.bad"))
+
+
+@pytest.mark.parametrize(
+    "how", ["flip", "cut", "gone", "manifest cut", "manifest of another key", "manifest is a folder"]
+)
+def test_a_damaged_file_is_made_again_and_never_used(tmp_path, capsys, how):
+    make(tmp_path, Rows())
+    (data,) = [p for p in tmp_path.iterdir() if p.suffix == ""]
+    manifest = data.with_name(f"{data.name}.json")
+    content = data.read_bytes()
+    if how == "flip":
+        data.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    elif how == "cut":
+        data.write_bytes(content[:-1])
+    elif how == "gone":
+        data.unlink()
+    elif how == "manifest cut":
+        manifest.write_text(manifest.read_text()[:-20])
+    elif how == "manifest of another key":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"key": {}}))
+    else:
+        manifest.unlink()
+        manifest.symlink_to("/dev/null")
+    rows = Rows()
+    assert torch.equal(make(tmp_path, rows)[0], expected()) and rows.firsts == [0]
+    assert "made again" in capsys.readouterr().out
+
+
+def test_two_builds_at_once_are_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Rows(5))
+    (part,) = tmp_path.glob("*.part")
+    hold = f"import fcntl, time; f = open({str(part)!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is preparing it"):
+            make(tmp_path, Rows())
+        other.kill()
+    assert torch.equal(make(tmp_path, Rows())[0], expected())
+
+
+def test_a_changed_picture_is_read_again(tmp_path):
+    for i in range(10):
+        picture(tmp_path / f"mine/images/{i}.png", (10 * i, 0, 0))
+        (tmp_path / f"mine/images/{i}.txt").write_text("x")
+    cfg = SDConfig(dataset="folder", data_root=str(tmp_path / "mine"), image_size=32, num_workers=0,
+                   cache_dir=str(tmp_path / "prepared"))  # fmt: skip
+    before, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))
+    path = folder_records(cfg.data_root)[0][0]
+    picture(tmp_path / "mine/images" / os.path.basename(path), (0, 0, 250))
+    after, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))
+    assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
+
+
+def test_a_cached_run_has_the_bits_of_one_in_memory_and_a_killed_build_goes_on(tmp_path, fork):
+    """Caches on and off, and a kill -9 while the pictures are prepared."""
+    runs = {}
+    for cache in ("", "prepared"):
+        settings = flags({**TINY, "cache_dir": cache})
+        for script in ("train_vae.py", "train_unet.py"):
+            command = (script, "--preset", "demo", "--run_dir", f"run{cache}", *settings)
+            if cache and script == "train_vae.py":
+                killed = fork(*command, cwd=tmp_path, inject={"kill_at_picture": 20}).wait()
+                assert killed.returncode == -signal.SIGKILL
+            result = fork(*command, cwd=tmp_path).wait()
+            assert result.returncode == 0, result.stderr
+        runs[cache] = {
+            p.name: p.read_bytes() for p in (tmp_path / f"run{cache}").iterdir() if p.suffix in (".pth", ".csv", ".png")
+        }
+    assert runs[""] == runs["prepared"]
+    again = fork(*command, "--overwrite", cwd=tmp_path).wait()
+    assert again.returncode == 0 and "read training" not in again.stdout and "encode" not in again.stdout
+
+
+def test_a_full_disk_is_one_line_and_what_is_prepared_is_kept(tmp_path, fork):
+    command = ("train_vae.py", "--preset", "demo", "--run_dir", "run", *flags(TINY | {"cache_dir": "prepared"}))
+    full = fork(*command, cwd=tmp_path, inject={"limit_file_size": 40_000}).wait()
+    assert_one_line_error(full, 1, "prepared/pictures-", "--cache_dir", "make room")
+    result = fork(*command, cwd=tmp_path).wait()
+    assert result.returncode == 0 and "going on after row" in result.stdout
+
+
+def test_prepared_arrays_take_no_memory_of_their_own(tmp_path):
+    """300 MB read in batches in random order: what grows is page cache, which the system can take back."""
+    code = """
+import sys, numpy as np, torch
+from prepared import prepare
+def own(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+rows = lambda first: (np.full((3, 128, 128), i % 256, np.uint8) for i in range(first, 6000))
+x, _ = prepare(sys.argv[1], "p", {}, (3, 128, 128), np.uint8, 6000, rows)
+before, total = own(), 0
+for index in torch.randperm(6000).split(32):
+    total += x[index].float().mean().item()
+print(own() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert float(out.stdout.splitlines()[-1]) < 60, out.stdout + out.stderr
