@@ -293,10 +293,17 @@ class Run:
     modules: one per PREFIXES[kind], in that order. counters: numbers and tensors that the loop goes on from.
     """
 
-    def __init__(self, args, kind, cfg, device):
-        self.dir, self.kind, self.overwrite, self.last_saved = args.run_dir, kind, args.overwrite, "nothing"
+    def __init__(self, args, kind, cfg, world):
+        self.world, self.dir, self.kind, self.overwrite, self.last_saved = (
+            world,
+            args.run_dir,
+            kind,
+            args.overwrite,
+            "nothing",
+        )
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
-        machine = {"torch": torch.__version__, "device": device.type, "threads": torch.get_num_threads()}
+        machine = {"torch": torch.__version__, "device": world.device.type, "threads": torch.get_num_threads(),
+                   "processes": world.size}  # fmt: skip
         self.about = {"preset": args.preset, "settings": settings, "machine": machine}
         self.lock, self.csv = None, (f"{kind}_train.csv", f"{kind}_held_out.csv")
         self.prefixes = (*PREFIXES[kind], f"{kind}_state")  # of a set's files, in the order of the modules; state last
@@ -335,6 +342,8 @@ class Run:
 
     def open(self):
         """Make the directory and take its lock, which the system frees however this process ends."""
+        if self.world.rank:
+            return
         os.makedirs(self.dir, exist_ok=True)
         self.lock = open(os.path.join(self.dir, ".lock"), "a+")
         try:
@@ -354,6 +363,9 @@ class Run:
         A new run saves where it starts, so that a full disk shows now. UserError if nothing usable is where
         something should be, or if settings, data or VAE are not those of the set.
         """
+        if self.world.rank:  # rank 0 has found a set, or made one
+            self.world.wait()
+            return self.load(sets_of(self.dir, self.kind)[0], modules, optimizer, start)
         if self.overwrite:
             self.delete_all()
         tags, damaged = sets_of(self.dir, self.kind), []
@@ -375,6 +387,7 @@ class Run:
         self.write_config()
         if counters is None:
             self.save(FIRST, False, modules, optimizer, start)
+        self.world.wait()
         return counters or start
 
     def check_empty(self, damaged):
@@ -407,7 +420,7 @@ class Run:
             fits = False
         if not fits:
             raise Damaged(f"{path}: not the state of such a run; restore it")
-        for name, text in csv.items():
+        for name, text in csv.items() if not self.world.rank else ():
             self.restore_csv(name, text)
         self.last_saved = manifest_path(self.dir, self.kind, tag)
         for name, value in self.about["machine"].items():
@@ -426,6 +439,8 @@ class Run:
 
     def save(self, tag, finished, modules, optimizer, counters):
         """Write one set. tag: "5" after epoch 5, "6_step900" within epoch 6. UserError if the disk does not take it."""
+        if self.world.rank:
+            return
         csv = {}
         for name in self.csv:
             with contextlib.suppress(FileNotFoundError), open(os.path.join(self.dir, name), newline="") as f:

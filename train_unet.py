@@ -27,19 +27,23 @@ from training import (
     Interrupts,
     Progress,
     append_csv,
+    average_over,
     backward,
     check_finite,
     epoch_batches,
+    first_alone,
+    in_parallel,
+    join_world,
     lr_at,
     make_autocast,
     make_optimizer,
     optimizer_step,
-    pick_device,
     plot_curves,
     read_csv,
     run_script,
     save_grid,
     seed_step,
+    share_of,
     show_progress,
     to_float,
     use_large_pages,
@@ -56,8 +60,9 @@ def main():
     # ---- Set-up ----
     cfg, args = parse_training_args(__doc__, "unet")
     use_large_pages()
-    device = pick_device()
-    run = Run(args, "unet", cfg, device)
+    world = join_world()
+    device = world.device
+    run = Run(args, "unet", cfg, world)
     if run.finished():
         return
     vae, run.about["made_from"] = load_vae(cfg, args.run_dir, device)
@@ -67,11 +72,12 @@ def main():
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
-    pixels, captions = read_pictures(train_set, cfg, show_progress("read training pictures"))
-    held_out_pixels, held_out_captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
-    run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
-    mu, log_var = encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")
-    held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures")
+    with first_alone(world):
+        pixels, captions = read_pictures(train_set, cfg, show_progress("read training pictures"))
+        held_out_pixels, held_out_captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
+        run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
+        mu, log_var = encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")
+        held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures")
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -79,6 +85,7 @@ def main():
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
     parameters = [*unet.parameters(), *t_ember.parameters()]
     optimizer = make_optimizer(parameters, cfg)
+    denoise, embed_t = in_parallel(unet, world), in_parallel(t_ember, world)
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
@@ -96,7 +103,7 @@ def main():
         counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
         run.save(tag, epochs_done == last_epoch, modules, optimizer, counters)
 
-    interrupts, progress = Interrupts(cfg.save_minutes), Progress(total_steps, "train_unet", step)
+    interrupts, progress = Interrupts(cfg.save_minutes, world.rank), Progress(total_steps, "train_unet", step)
 
     for epoch in range(epochs_done + 1, last_epoch + 1):
         batches = epoch_batches(cfg.seed, epoch, len(mu), cfg.batch_size)
@@ -107,34 +114,37 @@ def main():
             z = reparameterize(mu[index], log_var[index])  # drawn anew at each use, as if encoded again
             t = torch.randint(cfg.timesteps, (len(z),)).to(device)
             noise = torch.randn_like(z)
-            z_t = q_sample(z, t, noise, alpha_bar)
-            text_emb = text_encoder(choose_captions(captions, index))
+            prompts = choose_captions(captions, index)
+            mine, weight = share_of(len(z), world)  # everything above is drawn for the whole batch by every process
+            z_t = q_sample(z[mine], t[mine], noise[mine], alpha_bar)
+            text_emb = text_encoder([prompts[i] for i in mine])
             with autocast():
-                eps = unet(z_t, t_ember(t), text_emb)
-            loss = noise_prediction_loss(eps, noise).mean()
+                eps = denoise(z_t, embed_t(t[mine]), text_emb)
+            loss = noise_prediction_loss(eps, noise[mine]).mean() * weight
             grad_norm = backward(optimizer, loss, cfg.max_grad_norm)
             check_finite(loss, grad_norm, step, lr, run.last_saved)
             optimizer_step(optimizer, lr)
             ema.update_parameters(unet)
-            window += loss.detach()
+            window += average_over(loss.detach(), world)
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
-                log_training(args.run_dir, step, window / count, lr)
+                log_training(run, step, window / count, lr)
                 window, count = torch.zeros_like(window), 0
             progress.update()
             if interrupts.due():
                 save(f"{epoch}_step{step}")
                 interrupts.saved(step)
 
-        held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
-        append_csv(
-            os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
-        )
-        progress.say(f"epoch {epoch}: held-out loss {held_out_loss:.4f}")
-        show_samples(
-            unet, vae, t_ember, text_encoder, cfg, os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
-        )
-        draw_curves(args.run_dir)
+        if world.rank == 0:
+            held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
+            append_csv(
+                os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
+            )
+            progress.say(f"epoch {epoch}: held-out loss {held_out_loss:.4f}")
+            show_samples(
+                unet, vae, t_ember, text_encoder, cfg, os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
+            )
+            draw_curves(args.run_dir)
         epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
             save(f"{epoch}")
@@ -171,8 +181,9 @@ def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):
     return held_out_losses(unet, t_ember, text_encoder, z, first_captions, alpha_bar, cfg.batch_size)[1].mean().item()
 
 
-def log_training(run_dir, step, loss, lr):
-    append_csv(os.path.join(run_dir, "unet_train.csv"), {"step": step, "lr": lr, "loss": loss.item()})
+def log_training(run, step, loss, lr):
+    if run.world.rank == 0:
+        append_csv(os.path.join(run.dir, "unet_train.csv"), {"step": step, "lr": lr, "loss": loss.item()})
 
 
 def show_samples(unet, vae, t_ember, text_encoder, cfg, path):

@@ -21,21 +21,25 @@ from training import (
     Interrupts,
     Progress,
     append_csv,
+    average_over,
     backward,
     check_finite,
     conv_layout,
     epoch_batches,
+    first_alone,
+    in_parallel,
+    join_world,
     lr_at,
     make_autocast,
     make_optimizer,
     near,
     optimizer_step,
-    pick_device,
     plot_curves,
     read_csv,
     run_script,
     save_grid,
     seed_step,
+    share_of,
     show_progress,
     to_float,
     use_large_pages,
@@ -50,8 +54,9 @@ def main():
     # ---- Set-up ----
     cfg, args = parse_training_args(__doc__, "vae")
     use_large_pages()
-    device = pick_device()
-    run = Run(args, "vae", cfg, device)
+    world = join_world()
+    device = world.device
+    run = Run(args, "vae", cfg, world)
     if run.finished():
         return
     run.open()
@@ -59,14 +64,16 @@ def main():
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
-    pixels, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
-    held_out, _ = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
+    with first_alone(world):
+        pixels, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
+        held_out, _ = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
     run.about["data"] = fingerprint(pixels, held_out)
     pixels = near(pixels, device)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
     vae = AutoencoderKL(cfg).to(device, memory_format=conv_layout(device))
+    autoencode = in_parallel(vae, world)
     optimizer = make_optimizer(vae.parameters(), cfg)
     print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
 
@@ -82,7 +89,7 @@ def main():
         counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
         run.save(tag, epochs_done == last_epoch, [vae], optimizer, counters)
 
-    interrupts, progress = Interrupts(cfg.save_minutes), Progress(total_steps, "train_vae", step)
+    interrupts, progress = Interrupts(cfg.save_minutes, world.rank), Progress(total_steps, "train_vae", step)
 
     for epoch in range(epochs_done + 1, last_epoch + 1):
         batches = epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)
@@ -90,29 +97,34 @@ def main():
             step += 1
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
-            x = to_float(pixels[index], device).contiguous(memory_format=conv_layout(device))
+            eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
+            mine, weight = share_of(len(index), world)  # eps is drawn for the whole batch by every process
+            x = to_float(pixels[index[mine]], device).contiguous(memory_format=conv_layout(device))
             with autocast():
-                mu, log_var, x_hat = vae(x)
+                mu, log_var, x_hat = autoencode(x, eps[mine])
             loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
-            grad_norm = backward(optimizer, loss, cfg.max_grad_norm)
+            grad_norm = backward(optimizer, loss * weight, cfg.max_grad_norm)
             check_finite(loss, grad_norm, step, lr, run.last_saved)
             optimizer_step(optimizer, lr)
-            window += torch.stack([loss, mse, kl]).detach()
+            window += average_over(torch.stack([loss, mse, kl]).detach() * weight, world)
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
-                log_training(args.run_dir, step, window / count, lr)
+                log_training(run, step, window / count, lr)
                 window, count = torch.zeros_like(window), 0
             progress.update()
             if interrupts.due():
                 save(f"{epoch}_step{step}")
                 interrupts.saved(step)
 
-        figures = evaluate(vae, held_out, device, cfg)
-        append_csv(os.path.join(args.run_dir, "vae_held_out.csv"), {"epoch": epoch, "step": step} | figures)
-        progress.say(f"epoch {epoch}: held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB), latent mean "
-                     f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}")  # fmt: skip
-        show_reconstructions(vae, held_out, device, cfg, os.path.join(args.run_dir, f"vae_pictures_epoch{epoch}.png"))
-        draw_curves(args.run_dir)
+        if world.rank == 0:
+            figures = evaluate(vae, held_out, device, cfg)
+            append_csv(os.path.join(args.run_dir, "vae_held_out.csv"), {"epoch": epoch, "step": step} | figures)
+            progress.say(f"epoch {epoch}: held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB), latent mean "
+                         f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}")  # fmt: skip
+            show_reconstructions(
+                vae, held_out, device, cfg, os.path.join(args.run_dir, f"vae_pictures_epoch{epoch}.png")
+            )
+            draw_curves(args.run_dir)
         epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
             save(f"{epoch}")
@@ -129,9 +141,10 @@ def evaluate(vae, held_out, device, cfg):
     return held_out_figures(vae, (to_float(x, device) for x in held_out.split(cfg.batch_size)))
 
 
-def log_training(run_dir, step, means, lr):
+def log_training(run, step, means, lr):
     loss, mse, kl = means.tolist()
-    append_csv(os.path.join(run_dir, "vae_train.csv"), {"step": step, "lr": lr, "loss": loss, "mse": mse, "kl": kl})
+    if run.world.rank == 0:
+        append_csv(os.path.join(run.dir, "vae_train.csv"), {"step": step, "lr": lr, "loss": loss, "mse": mse, "kl": kl})
 
 
 @torch.no_grad()

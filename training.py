@@ -18,9 +18,13 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -36,6 +40,9 @@ def run_script(main):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 may still be writing
+            dist.destroy_process_group()
     except UserError as e:
         fail(e)
     except BrokenPipeError:  # whoever read our output has gone
@@ -74,8 +81,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 class Interrupts:
     """When to save within an epoch: every `minutes`, and after the step in which a signal to stop has come."""
 
-    def __init__(self, minutes):
-        self.seconds, self.signal, self.last = 60 * minutes, None, time.monotonic()
+    def __init__(self, minutes, rank):
+        self.seconds, self.signal, self.last, self.rank = 60 * minutes, None, time.monotonic(), rank
         for number in SIGNALS:
             signal.signal(number, self.ask)
 
@@ -83,11 +90,14 @@ class Interrupts:
         if self.signal:  # asked twice: at once, which leaves the last set as it is
             os._exit(128 + number)
         self.signal = number
+        if self.rank:  # goes on until rank 0 has saved and left, which ends them all
+            return
         with contextlib.suppress(OSError):  # the terminal may be what has gone
             print("\nfinishing the step and saving; once more stops at once", file=sys.stderr, flush=True)
 
     def due(self):
-        return self.signal is not None or time.monotonic() - self.last >= self.seconds
+        """Whether rank 0 must save now; a matter of clocks and signals, so each process must not decide for itself."""
+        return self.rank == 0 and (self.signal is not None or time.monotonic() - self.last >= self.seconds)
 
     def saved(self, step):
         """Note that a set has been saved; exit with code 128 + signal if one has asked for that."""
@@ -100,6 +110,71 @@ class Interrupts:
 
 
 # ---- Device and precision -------------------------------------------------------------------------------
+
+
+class World(NamedTuple):
+    """This process among those that torchrun has started: rank 0 .. size - 1, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def wait(self):
+        """Go on when all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_world():
+    """-> World; alone unless torchrun says otherwise. Only rank 0 speaks and writes; the others compute their share."""
+    size, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device()
+    if size == 1:
+        return World(0, 1, device)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: process {local_rank} has no GPU; give {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # long, because all wait while rank 0 samples; torchrun notices a dead process by itself
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return World(rank, size, device)
+
+
+@contextlib.contextmanager
+def first_alone(world):
+    """Rank 0 does it first; the others then find it done."""
+    if world.rank:
+        world.wait()
+    yield
+    if not world.rank:
+        world.wait()
+
+
+def in_parallel(module, world):
+    """The module as it is called in training: with gradients that are averaged over all processes, if there are several."""
+    if world.size == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+def share_of(count, world):
+    """-> positions (k,) in a batch of `count` that this process computes, and the weight of the mean of their losses:
+    with it the average over processes is the mean over the batch, whatever the processes' number."""
+    mine = torch.arange(count)[world.rank :: world.size]
+    if len(mine) == 0:  # more processes than samples: takes part, counts for nothing
+        return torch.zeros(1, dtype=torch.long), 0.0
+    return mine, len(mine) * world.size / count
+
+
+def average_over(tensor, world):
+    """The mean of a tensor over all processes, the same on each; takes the tensor over."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+        tensor /= world.size
+    return tensor
 
 
 def pick_device():

@@ -183,15 +183,15 @@ class AutoencoderKL(nn.Module):
         mu, log_var = self.encoder(x).chunk(2, dim=1)
         return mu, log_var.clamp(*LOG_VAR_RANGE)
 
-    def forward(self, x):
-        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var, and x_hat decoded from one draw of z."""
+    def forward(self, x, eps=None):
+        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var, and x_hat decoded from one draw of z. eps: as in reparameterize."""
         mu, log_var = self.encode(x)
-        return mu, log_var, self.decoder(reparameterize(mu, log_var))
+        return mu, log_var, self.decoder(reparameterize(mu, log_var, eps))
 
 
-def reparameterize(mu, log_var):
-    """Draw z = mu + sigma * eps with eps ~ N(0, I) (Kingma & Welling, section 2.4)."""
-    return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+def reparameterize(mu, log_var, eps=None):
+    """Draw z = mu + sigma * eps with eps ~ N(0, I), drawn here unless given (Kingma & Welling, section 2.4)."""
+    return mu + torch.exp(0.5 * log_var) * (torch.randn_like(mu) if eps is None else eps)
 
 
 def vae_loss(x, mu, log_var, x_hat, beta):
