@@ -134,18 +134,17 @@ PRESETS = {
         "beta_start": 5e-4,
         "beta_end": 0.1,
         "batch_size": 16,
-        "num_epochs": 6,
+        "num_epochs": 8,
         "lr": 1e-3,
         "lr_warmup_steps": 20,
         "adam_beta2": 0.99,
         "weight_decay": 0.0,
         "ema_decay": 0.99,
-        "mixed_precision": "no",
     },
 }
 VAE_PRESETS = {
     "coco": {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0},
-    "demo": {"batch_size": 4, "num_epochs": 2, "mixed_precision": "auto"},
+    "demo": {"batch_size": 4, "num_epochs": 2},
 }
 
 

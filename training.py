@@ -372,4 +372,4 @@ def near(pixels, device):
 
 def to_float(pixels, device):
     """uint8 pictures (B, 3, H, W) -> float32 in [-1, 1] on `device`."""
-    return pixels.to(device, non_blocking=True).float() / 127.5 - 1.0
+    return pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)

@@ -85,8 +85,16 @@ class Attention(nn.Module):
 
     def forward(self, x, context):
         q, k, v = self.heads(self.to_q(x)), self.heads(self.to_k(context)), self.heads(self.to_v(context))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim / heads)
+        h = attend(q, k, v)  # (B, heads, N, dim / heads)
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, dim)
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v. On a CPU in float32 even where all else is bfloat16, whose backward pass is slow there."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
 
 
 class GEGLU(nn.Module):
