@@ -188,7 +188,7 @@ def bench_sample(device, rounds, steps=20):
     return summary(in_turns({"ours": our_loop, "diffusers eager": their_loop}, rounds, device))
 
 
-def bench_data(device, rounds, count=256):
+def bench_data(device, rounds, count=512):
     """One epoch of batches of 32 as float: out of the prepared file, and out of 640x480 JPEGs with torchvision."""
     side = 128
     with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +205,7 @@ def bench_data(device, rounds, count=256):
         t = torchvision.transforms
         transform = t.Compose([t.Resize(side), t.CenterCrop(side), t.ToTensor(), t.Normalize([0.5] * 3, [0.5] * 3)])
         theirs = torchvision.datasets.ImageFolder(os.path.join(folder, "theirs"), transform)
-        loader = torch.utils.data.DataLoader(theirs, 32, shuffle=True, num_workers=2)
+        loader = torch.utils.data.DataLoader(theirs, 32, shuffle=True, num_workers=2, persistent_workers=True)
 
         def our_epoch():
             for index in torch.randperm(count).split(32):
