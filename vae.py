@@ -23,6 +23,13 @@ LOG_VAR_RANGE = (-30.0, 20.0)
 INITIAL_LOG_VAR = -4.0
 
 
+class GroupNorm(nn.GroupNorm):
+    """In float32 on a CPU even where all else is bfloat16, whose backward pass costs more than the convolutions there."""
+
+    def forward(self, x):
+        return super().forward(x.float() if x.device.type == "cpu" else x).to(x.dtype)
+
+
 class ResnetBlock(nn.Module):
     """Pre-activation residual block: x + conv(silu(norm(conv(silu(norm(x)))))).
 
@@ -31,9 +38,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -52,7 +59,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -128,7 +135,7 @@ class Encoder(nn.Module):
                 level.downsamplers = nn.ModuleList([Downsample(b)])
             self.down_blocks.append(level)
         self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
         # start with little noise, so that the decoder has something to decode from the first step on
         nn.init.constant_(self.conv_out.bias[latent_channels:], INITIAL_LOG_VAR)
@@ -155,7 +162,7 @@ class Decoder(nn.Module):
             if i < len(channels) - 1:
                 level.upsamplers = nn.ModuleList([Upsample(b)])
             self.up_blocks.append(level)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, z):
