@@ -162,6 +162,7 @@ def adam_state(optimizer):
 
 def load_adam(path, optimizer, saved):
     parameters = optimizer.param_groups[0]["params"]
+    optimizer.state.clear()  # a set that turned out to be damaged may have been here before
     if len(saved) not in (0, len(parameters)):
         raise Damaged(f"{path}: holds the Adam state of another model; restore it")
     for p, s in zip(parameters, saved):

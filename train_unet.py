@@ -63,9 +63,9 @@ def main():
     world = join_world()
     device = world.device
     run = Run(args, "unet", cfg, world)
+    vae, run.about["made_from"] = load_vae(cfg, args.run_dir, device)
     if run.finished():
         return
-    vae, run.about["made_from"] = load_vae(cfg, args.run_dir, device)
     run.open()
     autocast = make_autocast(device, cfg.mixed_precision)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()

@@ -40,7 +40,7 @@ COPIES = {
     "bad steps are taken": ("training.py", "if not math.isfinite(loss.item() + grad_norm.item()):", "if False:", RESUME, "not_finite"),
     "a signal is not heard": ("training.py", "        self.signal = number\n", "", RESUME, "can_be_resumed and vae"),
     "bombs are unpacked": ("data.py", "if picture.width * picture.height > MAX_PIXELS:", "if False:", FAULTS, "bad_picture and 51"),
-    "cut pictures are filled up": ("data.py", "    found = os.stat(path)\n", "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n    found = os.stat(path)\n", FAULTS, "bad_picture and half"),
+    "cut pictures are filled up": ("data.py", "    found = os.stat(path)\n    if", "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n    found = os.stat(path)\n    if", FAULTS, "bad_picture and half"),
     "names may climb": ("data.py", '".." not in parts', "True", FAULTS, "stay_in_the_folder"),
     "a half download has the name": ("download.py", 'f"{path}.part", ""', 'path, ""', DOWNLOAD, "download_stopped"),
     "a download is not decoded": ("download.py", "            check(part)\n", "", DOWNLOAD, "fault_that_stays and html"),
