@@ -81,6 +81,10 @@ class SDConfig:
     weight_decay: float = setting(1e-4, "weight decay (L2) of Adam", low=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 = they are not", low=0)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", low=0, high=1)
+    grad_accumulation: int = setting(
+        1, "parts that a batch is computed in, one after the other, where memory is short", low=1
+    )
+    compile: bool = setting(False, "torch.compile the model: minutes at the start, faster steps after")
     mixed_precision: str = setting("auto", "no, bf16 (autocast), or auto: bf16 where the processor computes in it",
                                    choices=("auto", "no", "bf16"))  # fmt: skip
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", low=1, free=True)

@@ -328,9 +328,18 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
-def choose_captions(captions, index):
-    """One caption of each picture in index, drawn from PyTorch's global generator."""
-    return [captions[i][torch.randint(len(captions[i]), ()).item()] for i in index.tolist()]
+def choose_captions(first_rows, index):
+    """One caption of each picture in index, drawn from PyTorch's global generator -> their numbers (B,).
+
+    first_rows: (N + 1,) from number_captions().
+    """
+    first, count = first_rows[index], first_rows[index + 1] - first_rows[index]
+    return first + (torch.rand(len(index), dtype=torch.float64) * count).long()
+
+
+def number_captions(captions):
+    """N lists of captions -> (N + 1,): the number of each picture's first caption, counted through all pictures."""
+    return torch.tensor([0, *(len(several) for several in captions)]).cumsum(0)
 
 
 # ---- Commands -------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ and a file that is not what its manifest says is made again, never used.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import torch
@@ -89,6 +91,8 @@ def build(path, key, row_bytes, count, rows, together):
             write_file(notes, "".join(note(i, why) for i, why in bad.items()).encode())
             if done:
                 print(f"{part}: going on after row {done}")
+            if shutil.disk_usage(os.path.dirname(path) or ".").free < (count - done) * row_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # said now rather than hours later
             for i, row in enumerate(rows(done), done):
                 if isinstance(row, str):
                     bad[i], row = row, bytes(row_bytes)

@@ -41,6 +41,13 @@ class ClipTextEncoder(nn.Module):
         self.tokenizer, self.model = _load_clip(source)
         self.model.eval().requires_grad_(False)
 
+    def key(self):
+        """What the embeddings depend on, for caches: the weights."""
+        weights = hashlib.sha256()
+        for value in self.model.state_dict().values():
+            weights.update(value.cpu().contiguous().numpy())
+        return {"clip": weights.hexdigest()}
+
     def tokenize(self, prompts):
         """Token ids (B, 77); says once on stderr what did not fit. Special tokens written in a prompt are plain text."""
         end, rows = self.tokenizer.eos_token_id, []
@@ -75,6 +82,10 @@ class WordHashTextEncoder(nn.Module):
         self.dim, self.max_length = dim, max_length
         self.vectors, self.warned = {}, set()  # word or position -> (dim,), filled as they come up
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
+
+    def key(self):
+        """What the embeddings depend on, for caches; a change of encode() raises the number."""
+        return {"hash": 1, "dim": self.dim, "max_length": self.max_length}
 
     def vector(self, key):
         if key not in self.vectors:

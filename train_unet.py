@@ -19,17 +19,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import Run, load_vae
 from config import parse_training_args
-from data import choose_captions, fingerprint, open_dataset, read_pictures
+from data import choose_captions, fingerprint, number_captions, open_dataset, read_pictures
 from diffusion import baab, held_out_losses, noise_prediction_loss, q_sample, sample
 from prepared import prepare
 from text_encoder import make_text_encoder
 from training import (
+    FiniteGuard,
     Interrupts,
     Progress,
     append_csv,
     average_over,
-    backward,
-    check_finite,
+    clip_gradients,
+    compiled,
     epoch_batches,
     first_alone,
     in_parallel,
@@ -37,13 +38,14 @@ from training import (
     lr_at,
     make_autocast,
     make_optimizer,
+    near,
     optimizer_step,
     plot_curves,
     read_csv,
     run_script,
     save_grid,
     seed_step,
-    share_of,
+    shares_of,
     show_progress,
     to_float,
     use_large_pages,
@@ -78,6 +80,8 @@ def main():
         run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
         mu, log_var = encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")
         held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures")
+        first_rows = number_captions(captions)
+        embed_captions = caption_embeddings(text_encoder, captions, run.about, device, cfg)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -85,7 +89,7 @@ def main():
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
     parameters = [*unet.parameters(), *t_ember.parameters()]
     optimizer = make_optimizer(parameters, cfg)
-    denoise, embed_t = in_parallel(unet, world), in_parallel(t_ember, world)
+    denoise, embed_t = compiled(in_parallel(unet, world), cfg.compile), in_parallel(t_ember, world)
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
@@ -104,6 +108,7 @@ def main():
         run.save(tag, epochs_done == last_epoch, modules, optimizer, counters)
 
     interrupts, progress = Interrupts(cfg.save_minutes, world.rank), Progress(total_steps, "train_unet", step)
+    guard = FiniteGuard(device)
 
     for epoch in range(epochs_done + 1, last_epoch + 1):
         batches = epoch_batches(cfg.seed, epoch, len(mu), cfg.batch_size)
@@ -114,24 +119,30 @@ def main():
             z = reparameterize(mu[index], log_var[index])  # drawn anew at each use, as if encoded again
             t = torch.randint(cfg.timesteps, (len(z),)).to(device)
             noise = torch.randn_like(z)
-            prompts = choose_captions(captions, index)
-            mine, weight = share_of(len(z), world)  # everything above is drawn for the whole batch by every process
-            z_t = q_sample(z[mine], t[mine], noise[mine], alpha_bar)
-            text_emb = text_encoder([prompts[i] for i in mine])
-            with autocast():
-                eps = denoise(z_t, embed_t(t[mine]), text_emb)
-            loss = noise_prediction_loss(eps, noise[mine]).mean() * weight
-            grad_norm = backward(optimizer, loss, cfg.max_grad_norm)
-            check_finite(loss, grad_norm, step, lr, run.last_saved)
+            rows = choose_captions(first_rows, index)
+            batch_loss = torch.zeros((), device=device)
+            optimizer.zero_grad()
+            for mine, weight in shares_of(len(z), world, cfg.grad_accumulation):  # all above is of the whole batch
+                z_t = q_sample(z[mine], t[mine], noise[mine], alpha_bar)
+                text_emb = embed_captions(rows[mine])
+                with autocast():
+                    eps = denoise(z_t, embed_t(t[mine]), text_emb)
+                loss = weight * noise_prediction_loss(eps, noise[mine]).mean()
+                loss.backward()
+                batch_loss += loss.detach()
+            batch_loss = average_over(batch_loss, world)
+            guard.judge(optimizer, batch_loss, clip_gradients(optimizer, cfg.max_grad_norm), step, run.last_saved)
             optimizer_step(optimizer, lr)
             ema.update_parameters(unet)
-            window += average_over(loss.detach(), world)
+            window += batch_loss
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
+                guard.check(run.last_saved)
                 log_training(run, step, window / count, lr)
                 window, count = torch.zeros_like(window), 0
             progress.update()
             if interrupts.due():
+                guard.check(run.last_saved)
                 save(f"{epoch}_step{step}")
                 interrupts.saved(step)
 
@@ -171,6 +182,29 @@ def encode_all(vae, pixels, about, device, cfg, what):
     shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, ENCODED_TOGETHER)
     return latents[:, 0].to(device), latents[:, 1].to(device)
+
+
+def caption_embeddings(text_encoder, captions, about, device, cfg):
+    """-> embed(rows): captions by their number (k,), counted through all pictures -> (k, L, text_dim) float32.
+
+    Out of a prepared file, computed once; without --cache_dir computed at each use. Rounded to float16 either way.
+    """
+    texts = [text for several in captions for text in several]
+    if not cfg.cache_dir:
+        return lambda rows: text_encoder([texts[i] for i in rows]).half().float()
+
+    def encode(first):
+        progress = Progress(len(texts), "encode captions", first)
+        for i in range(first, len(texts), ENCODED_TOGETHER):
+            yield from text_encoder(texts[i : i + ENCODED_TOGETHER]).half().cpu().numpy()  # (B, L, text_dim)
+            progress.update(len(texts[i : i + ENCODED_TOGETHER]))
+        progress.close()
+
+    key = {"captions": fingerprint(texts), "text_encoder": text_encoder.key(), "machine": about["machine"]}
+    shape = (cfg.text_length, cfg.text_dim)
+    embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
+    embedded = near(embedded, device)
+    return lambda rows: embedded[rows].to(device, non_blocking=True).float()
 
 
 def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):

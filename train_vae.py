@@ -18,12 +18,13 @@ from checkpoint import Run
 from config import parse_training_args
 from data import fingerprint, open_dataset, read_pictures
 from training import (
+    FiniteGuard,
     Interrupts,
     Progress,
     append_csv,
     average_over,
-    backward,
-    check_finite,
+    clip_gradients,
+    compiled,
     conv_layout,
     epoch_batches,
     first_alone,
@@ -39,7 +40,7 @@ from training import (
     run_script,
     save_grid,
     seed_step,
-    share_of,
+    shares_of,
     show_progress,
     to_float,
     use_large_pages,
@@ -73,7 +74,7 @@ def main():
     # ---- Model ----
     torch.manual_seed(cfg.seed)
     vae = AutoencoderKL(cfg).to(device, memory_format=conv_layout(device))
-    autoencode = in_parallel(vae, world)
+    autoencode = compiled(in_parallel(vae, world), cfg.compile)
     optimizer = make_optimizer(vae.parameters(), cfg)
     print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
 
@@ -90,6 +91,7 @@ def main():
         run.save(tag, epochs_done == last_epoch, [vae], optimizer, counters)
 
     interrupts, progress = Interrupts(cfg.save_minutes, world.rank), Progress(total_steps, "train_vae", step)
+    guard = FiniteGuard(device)
 
     for epoch in range(epochs_done + 1, last_epoch + 1):
         batches = epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)
@@ -98,21 +100,27 @@ def main():
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
-            mine, weight = share_of(len(index), world)  # eps is drawn for the whole batch by every process
-            x = to_float(pixels[index[mine]], device).contiguous(memory_format=conv_layout(device))
-            with autocast():
-                mu, log_var, x_hat = autoencode(x, eps[mine])
-            loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
-            grad_norm = backward(optimizer, loss * weight, cfg.max_grad_norm)
-            check_finite(loss, grad_norm, step, lr, run.last_saved)
+            losses = torch.zeros(3, device=device)
+            optimizer.zero_grad()
+            for mine, weight in shares_of(len(index), world, cfg.grad_accumulation):  # eps is of the whole batch
+                x = to_float(pixels[index[mine]], device).contiguous(memory_format=conv_layout(device))
+                with autocast():
+                    mu, log_var, x_hat = autoencode(x, eps[mine])
+                loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
+                (weight * loss).backward()
+                losses += weight * torch.stack([loss, mse, kl]).detach()
+            losses = average_over(losses, world)
+            guard.judge(optimizer, losses[0], clip_gradients(optimizer, cfg.max_grad_norm), step, run.last_saved)
             optimizer_step(optimizer, lr)
-            window += average_over(torch.stack([loss, mse, kl]).detach() * weight, world)
+            window += losses
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:
+                guard.check(run.last_saved)
                 log_training(run, step, window / count, lr)
                 window, count = torch.zeros_like(window), 0
             progress.update()
             if interrupts.due():
+                guard.check(run.last_saved)
                 save(f"{epoch}_step{step}")
                 interrupts.saved(step)
 

@@ -53,6 +53,8 @@ def run_script(main):
             fail("--num_workers: too many files are open at once; give fewer, or 0")
         fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else e)
     except (RuntimeError, MemoryError) as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"--compile: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); leave it out")
         if "DataLoader worker" in str(e):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
         if "memory" not in str(e) and not isinstance(e, MemoryError):
@@ -160,13 +162,21 @@ def in_parallel(module, world):
     return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
 
 
-def share_of(count, world):
-    """-> positions (k,) in a batch of `count` that this process computes, and the weight of the mean of their losses:
-    with it the average over processes is the mean over the batch, whatever the processes' number."""
+def shares_of(count, world, parts):
+    """The batch of `count` samples as this process computes it, in at most `parts` parts one after the other
+    -> [(positions (k,) in the batch, weight of the mean of their losses)].
+
+    The weighted losses, summed over parts and averaged over processes, are the mean over the batch.
+    """
     mine = torch.arange(count)[world.rank :: world.size]
     if len(mine) == 0:  # more processes than samples: takes part, counts for nothing
-        return torch.zeros(1, dtype=torch.long), 0.0
-    return mine, len(mine) * world.size / count
+        return [(torch.zeros(1, dtype=torch.long), 0.0)]
+    return [(part, len(part) * world.size / count) for part in mine.chunk(parts)]
+
+
+def compiled(module, wanted):
+    """The module as torch.compile makes it, if wanted; the weights are the module's own either way."""
+    return torch.compile(module) if wanted else module
 
 
 def average_over(tensor, world):
@@ -245,22 +255,41 @@ def make_optimizer(parameters, cfg):
     return torch.optim.Adam(parameters, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
 
 
-def backward(optimizer, loss, max_grad_norm):
-    """Gradients of the loss, clipped to max_grad_norm unless that is 0 -> their norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def clip_gradients(optimizer, max_grad_norm):
+    """Clip the gradients to max_grad_norm unless that is 0 -> their norm before clipping."""
     parameters = optimizer.param_groups[0]["params"]
     if max_grad_norm:
         return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def check_finite(loss, grad_norm, step, lr, last_saved):
-    """UserError if the loss or the gradient is NaN or infinite: the weights must not take such a step."""
-    if not math.isfinite(loss.item() + grad_norm.item()):
-        raise UserError(f"--lr: step {step} gives loss {loss.item():.3g} and gradient norm {grad_norm.item():.3g} "
-                        f"(learning rate {lr:.2g}); start over with a lower --lr and --overwrite; the last good set "
-                        f"is {last_saved}")  # fmt: skip
+class FiniteGuard:
+    """Keeps the weights from a step whose loss or gradient is NaN or infinite, and names the first such step.
+
+    On CUDA nothing waits for the device: the optimizer's own kernel leaves such a step out, and check() looks at all
+    steps since the last look at once. Elsewhere judge() looks at once; waiting costs nothing there.
+    """
+
+    def __init__(self, device):
+        self.lazy, self.unseen = device.type == "cuda", []
+
+    def judge(self, optimizer, loss, grad_norm, step, last_saved):
+        """To be called between backward pass and optimizer step. loss: the same on all processes."""
+        figures = torch.stack([loss.detach(), grad_norm])
+        self.unseen.append((step, figures))
+        if self.lazy:
+            optimizer.found_inf = (~figures.isfinite().all()).float()
+        else:
+            self.check(last_saved)
+
+    def check(self, last_saved):
+        """UserError if a step since the last look was not finite: before anything is saved or logged."""
+        steps, figures = zip(*self.unseen) if self.unseen else ((), None)
+        self.unseen = []
+        for step, (loss, grad_norm) in zip(steps, torch.stack(figures).tolist() if figures else ()):
+            if not math.isfinite(loss + grad_norm):
+                raise UserError(f"--lr: step {step} gives loss {loss:.3g} and gradient norm {grad_norm:.3g}; start over "
+                                f"with a lower --lr and --overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
 def optimizer_step(optimizer, lr):

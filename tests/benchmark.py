@@ -36,8 +36,8 @@ from config import PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
 from data import Pictures, read_pictures  # noqa: E402
 from diffusion import SAMPLERS, baab, noise_prediction_loss, q_sample, spaced_timesteps  # noqa: E402
 from training import (  # noqa: E402
-    backward,
-    check_finite,
+    FiniteGuard,
+    clip_gradients,
     computes_in_bf16,
     conv_layout,
     make_autocast,
@@ -87,13 +87,16 @@ def bench_unet(device, rounds):
     t = torch.randint(cfg.timesteps, (cfg.batch_size,), device=device)
     text_emb = torch.randn(cfg.batch_size, cfg.text_length, cfg.text_dim, device=device)
     z_t = q_sample(z, t, noise, baab()[2].to(device))
+    guard = FiniteGuard(device)
     optimizer = make_optimizer([*ours.parameters(), *t_ember.parameters()], cfg)
 
     def our_step():
         with autocast():
             eps = ours(z_t, t_ember(t), text_emb)
         loss = noise_prediction_loss(eps, noise).mean()
-        check_finite(loss, backward(optimizer, loss, cfg.max_grad_norm), 1, cfg.lr, "")
+        optimizer.zero_grad()
+        loss.backward()
+        guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
         optimizer_step(optimizer, cfg.lr)
 
     def their_side(tuned):
@@ -126,6 +129,7 @@ def bench_vae(device, rounds):
     autocast, size = make_autocast(device, cfg.mixed_precision), (4, 3, cfg.image_size, cfg.image_size)
     ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=conv_layout(device)).train()
     weights, pixels = ours.state_dict(), torch.rand(size, device=device) * 2 - 1
+    guard = FiniteGuard(device)
     optimizer = make_optimizer(ours.parameters(), cfg)
 
     def our_step():
@@ -133,7 +137,9 @@ def bench_vae(device, rounds):
         with autocast():
             mu, log_var, x_hat = ours(x)
         loss, _, _ = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
-        check_finite(loss, backward(optimizer, loss, cfg.max_grad_norm), 1, cfg.lr, "")
+        optimizer.zero_grad()
+        loss.backward()
+        guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
         optimizer_step(optimizer, cfg.lr)
 
     def their_side(tuned):

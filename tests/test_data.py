@@ -14,6 +14,7 @@ from data import (
     choose_captions,
     coco_records,
     folder_records,
+    number_captions,
     open_dataset,
     read_pictures,
     read_square,
@@ -254,9 +255,14 @@ def test_workers_change_nothing(tmp_path):
     assert torch.equal(a, b)
 
 
-def test_captions_are_chosen_by_the_seed():
-    captions = [["a", "b", "c", "d"]] * 50
+def test_captions_are_chosen_by_the_seed_among_those_of_their_picture():
+    captions = [["a"] * n for n in (4, 1, 5, 2) * 50]
+    first_rows, index = number_captions(captions), torch.arange(200).flip(0)
     torch.manual_seed(1)
-    first = choose_captions(captions, torch.arange(50))
+    rows = choose_captions(first_rows, index)
     torch.manual_seed(1)
-    assert first == choose_captions(captions, torch.arange(50)) and set(first) == set("abcd")
+    assert torch.equal(rows, choose_captions(first_rows, index))
+    owner = [picture for picture, several in enumerate(captions) for _ in several]
+    assert [owner[row] for row in rows] == index.tolist()
+    place = rows - first_rows[index]
+    assert all(set(place[index % 4 == k].tolist()) == set(range(n)) for k, n in enumerate((4, 1, 5, 2)))

@@ -142,6 +142,7 @@ def test_a_cached_run_has_the_bits_of_one_in_memory_and_a_killed_build_goes_on(t
     assert runs[""] == runs["prepared"]
     again = fork(*command, "--overwrite", cwd=tmp_path).wait()
     assert again.returncode == 0 and "read training" not in again.stdout and "encode" not in again.stdout
+    assert {p.name.split("-")[0] for p in (tmp_path / "prepared").iterdir()} == {"pictures", "latents", "captions"}
 
 
 def test_a_full_disk_is_one_line_and_what_is_prepared_is_kept(tmp_path, fork):

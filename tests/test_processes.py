@@ -78,15 +78,42 @@ def test_a_stop_is_saved_and_goes_on_with_two_processes(tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
+def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path, run_here):
+    """Gradient accumulation: 23 pictures in uneven parts give the loss curves of the undivided batch."""
+    short = STEPS | {"num_epochs": 5}
+    for parts in (1, 3):
+        for script in ("train_vae.py", "train_unet.py"):
+            command = ("--preset", "demo", "--run_dir", f"run{parts}", "--grad_accumulation", parts, *flags(short))
+            assert run_here(script, *command, cwd=tmp_path).returncode == 0
+    for file in ("vae_train.csv", "unet_train.csv"):
+        whole, divided = (column(tmp_path / run / file, "loss") for run in ("run1", "run3"))
+        assert len(whole) == 5 and ((whole - divided).abs() / whole.abs().clamp(min=1)).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one(tmp_path, run_here):
+    short = STEPS | {"num_epochs": 2}
+    for run, more in (("plain", []), ("compiled", ["--compile"])):
+        for script in ("train_vae.py", "train_unet.py"):
+            command = ("--preset", "demo", "--run_dir", run, *more, *flags(short))
+            assert run_here(script, *command, cwd=tmp_path).returncode == 0
+    for file in ("vae_train.csv", "unet_train.csv"):
+        plain, compiled = (column(tmp_path / run / file, "loss") for run in ("plain", "compiled"))
+        assert (plain - compiled).abs().max() < 1e-4
+    names = [p.name for p in sorted((tmp_path / "plain").iterdir())]
+    assert names == [p.name for p in sorted((tmp_path / "compiled").iterdir())]
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 4, 7])
-def test_shares_add_up_to_the_mean(processes, count):
-    from training import World, share_of
+@pytest.mark.parametrize("parts", [1, 3])
+def test_shares_add_up_to_the_mean(processes, count, parts):
+    from training import World, shares_of
 
     losses = torch.arange(count, dtype=torch.float64) ** 2 + 1
     seen, total = [], 0.0
     for rank in range(processes):
-        mine, weight = share_of(count, World(rank, processes, torch.device("cpu")))
-        total += losses[mine].mean() * weight / processes
-        seen += mine.tolist() if weight else []
+        for mine, weight in shares_of(count, World(rank, processes, torch.device("cpu")), parts):
+            total += losses[mine].mean() * weight / processes
+            seen += mine.tolist() if weight else []
     assert sorted(seen) == list(range(count)) and abs(total - losses.mean()) < 1e-12

@@ -305,10 +305,11 @@ def test_save_minutes_bounds_what_a_kill_costs(begin, fork):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["poison_step", "infinite_gradient"])
-def test_a_step_that_is_not_finite_is_not_taken(begin, fork, kind, what):
+@pytest.mark.parametrize("lazy", [{}, {"lazy_guard": True}])
+def test_a_step_that_is_not_finite_is_not_taken(begin, fork, kind, what, lazy):
     cwd, _ = begin(kind)
-    result = fork(*command(kind), cwd=cwd, inject={what: 5}).wait()
-    assert_one_line_error(result, 1, "step 5", "learning rate", f"{kind}_set2_step4.json", "--lr")
+    result = fork(*command(kind), cwd=cwd, inject={what: 5} | lazy).wait()
+    assert_one_line_error(result, 1, "step 5", f"{kind}_set2_step4.json", "--lr")
     for path in (cwd / "run").glob("*.pth"):
         content = torch.load(path, weights_only=True)
         for value in content.values():

@@ -37,7 +37,7 @@ COPIES = {
     "the epoch starts over": ("train_vae.py", "batches[step - epochs_done * steps_per_epoch :", "batches[0 :", RESUME, STOPPED_VAE),
     "random numbers not by step": ("train_unet.py", "            seed_step(cfg.seed, step)\n", "", RESUME, STOPPED_UNET),
     "the window starts anew": ("train_vae.py", 'at["window"].to(device)', "torch.zeros(3)", RESUME, STOPPED_VAE),
-    "bad steps are taken": ("training.py", "if not math.isfinite(loss.item() + grad_norm.item()):", "if False:", RESUME, "not_finite"),
+    "bad steps are taken": ("training.py", "if not math.isfinite(loss + grad_norm):", "if False:", RESUME, "not_finite"),
     "a signal is not heard": ("training.py", "        self.signal = number\n", "", RESUME, "can_be_resumed and vae"),
     "bombs are unpacked": ("data.py", "if picture.width * picture.height > MAX_PIXELS:", "if False:", FAULTS, "bad_picture and 51"),
     "cut pictures are filled up": ("data.py", "    found = os.stat(path)\n    if", "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n    found = os.stat(path)\n    if", FAULTS, "bad_picture and half"),
