@@ -81,6 +81,9 @@ class SDConfig:
     weight_decay: float = setting(1e-4, "weight decay (L2) of Adam", low=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 = they are not", low=0)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", low=0, high=1)
+    ema_warmup: bool = setting(False, "start the average with a short memory: decay at most (1 + step) / (10 + step)")
+    ema_sigma_rel: float = setting(0.0, "width of the average as a share of the training so far, instead of ema_decay: the "
+                                   "power function of EDM2; 0 = off", low=0, high=0.28)  # fmt: skip
     grad_accumulation: int = setting(
         1, "parts that a batch is computed in, one after the other, where memory is short", low=1
     )
@@ -99,6 +102,8 @@ class SDConfig:
         for f in fields(self):
             _check_range(f, getattr(self, f.name))
         _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
+        _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
+               "leave out --ema_warmup")  # fmt: skip
         _check(self.time_dim % 8 == 0, "time_dim", f"{self.time_dim} is not a multiple of 8", "give one")
         _check(self.time_dim == 4 * self.unet_block_out_channels[0], "time_dim", "is not 4 x the first U-Net channels",
                f"give --time_dim {4 * self.unet_block_out_channels[0]}")  # fmt: skip

@@ -10,12 +10,12 @@ the same prompts from the same noise at every epoch.
 What it is not: schedule, loss and sampler are in diffusion.py, the model in unet.py, every setting in config.py.
 """
 
+import copy
 import math
 import os
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import Run, load_vae
 from config import parse_training_args
@@ -31,6 +31,7 @@ from training import (
     average_over,
     clip_gradients,
     compiled,
+    ema_decay_at,
     epoch_batches,
     first_alone,
     in_parallel,
@@ -48,6 +49,7 @@ from training import (
     shares_of,
     show_progress,
     to_float,
+    update_average,
     use_large_pages,
 )
 from unet import TimeEmbedding, UNetLatent
@@ -86,7 +88,7 @@ def main():
     # ---- Model ----
     torch.manual_seed(cfg.seed)
     unet, t_ember = UNetLatent(cfg).to(device), TimeEmbedding(cfg.time_dim).to(device)
-    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+    ema = copy.deepcopy(unet).requires_grad_(False)
     parameters = [*unet.parameters(), *t_ember.parameters()]
     optimizer = make_optimizer(parameters, cfg)
     denoise, embed_t = compiled(in_parallel(unet, world), cfg.compile), in_parallel(t_ember, world)
@@ -97,11 +99,10 @@ def main():
     steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    modules = [unet, t_ember, ema.module]
+    modules = [unet, t_ember, ema]
     start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(())}  # window: sum of the losses of `count` steps
     at = run.resume(modules, optimizer, start)
     step, epochs_done, count, window = at["step"], at["epoch"], at["count"], at["window"].to(device)
-    ema.n_averaged.fill_(step)
 
     def save(tag):
         counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
@@ -133,7 +134,7 @@ def main():
             batch_loss = average_over(batch_loss, world)
             guard.judge(optimizer, batch_loss, clip_gradients(optimizer, cfg.max_grad_norm), step, run.last_saved)
             optimizer_step(optimizer, lr)
-            ema.update_parameters(unet)
+            update_average(ema, unet, ema_decay_at(step, cfg))
             window += batch_loss
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:

@@ -21,6 +21,7 @@ import time
 from datetime import timedelta
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -296,6 +297,30 @@ def optimizer_step(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+
+
+def ema_decay_at(step, cfg):
+    """Decay of the averaged weights at step 1, 2, ... of training.
+
+    cfg.ema_decay as it stands; with cfg.ema_warmup at most (1 + step) / (10 + step), so that the random initial weights
+    are soon forgotten; with cfg.ema_sigma_rel the power function of EDM2 (Karras et al. 2024, arXiv 2312.02696, section 3.1).
+    """
+    if cfg.ema_sigma_rel:
+        return (1 - 1 / step) ** (power_of_width(cfg.ema_sigma_rel) + 1)
+    return min(cfg.ema_decay, (1 + step) / (10 + step)) if cfg.ema_warmup else cfg.ema_decay
+
+
+def power_of_width(sigma_rel):
+    """gamma of the profile t^gamma whose standard deviation is sigma_rel of the training time (EDM2, Eq. 123):
+    the real root of sigma_rel^-2 (gamma + 1) = (gamma + 2)^2 (gamma + 3)."""
+    s = sigma_rel**-2
+    return max(root.real for root in np.roots([1, 7, 16 - s, 12 - s]) if abs(root.imag) < 1e-6)
+
+
+@torch.no_grad()
+def update_average(average, module, decay):
+    """average <- decay * average + (1 - decay) * module, all parameters at once."""
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
 def show_progress(what):
