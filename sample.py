@@ -21,9 +21,10 @@ from checkpoint import load_models, newest_run, write_file
 from config import Parser, UserError, positive_int
 from diffusion import SAMPLERS, baab, sample
 from text_encoder import make_text_encoder
-from training import Progress, pick_device, png_bytes, run_script
+from training import Progress, make_autocast, pick_device, png_bytes, run_script
 
 IMAGES_PER_BATCH = 32
+GRID_PICTURES = 100
 MAX_SEED = 2**63 - 1
 
 
@@ -39,6 +40,7 @@ def main():
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
+    autocast = make_autocast(device, args.mixed_precision)
 
     out = args.out or os.path.join(run_dir, "samples")
     os.makedirs(out, exist_ok=True)
@@ -47,22 +49,23 @@ def main():
         images = []
         for first in range(0, args.num_images, IMAGES_PER_BATCH):
             seeds = [args.seed + k for k in range(first, min(first + IMAGES_PER_BATCH, args.num_images))]
-            x = sample(unet, vae, t_embedder, text_encoder, prompt, steps, len(seeds),
-                       alpha_bar=alpha_bar, sampler=args.sampler, seeds=seeds).cpu()  # fmt: skip
+            with autocast():
+                x = sample(unet, vae, t_embedder, text_encoder, prompt, steps, len(seeds),
+                           alpha_bar=alpha_bar, sampler=args.sampler, seeds=seeds).float().cpu()  # fmt: skip
             for image, seed in zip(x, seeds):
                 if not image.isfinite().all():
                     raise UserError(f"{model_name}: gives values that are not numbers; train again with a lower --lr")
                 save_png(
                     out, prompt, f"seed{seed}", image, parameters(prompt, steps, args.sampler, seed, image, model_name)
                 )
-            images.append(x)
+            images.append(x[: max(0, GRID_PICTURES - first)])  # of a thousand pictures the grid shows the first
             progress.update(len(seeds))
         images = torch.cat(images)
         grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))))
         path = save_png(
             out, prompt, "grid", grid, parameters(prompt, steps, args.sampler, args.seed, images[0], model_name)
         )
-        print(f"wrote {len(images)} pictures of {prompt!r}, and {path}")
+        print(f"wrote {args.num_images} pictures of {prompt!r}, and {path}")
     progress.close()
 
 
@@ -73,6 +76,8 @@ def parse_args():
     parser.add_argument("--steps", type=positive_int, help="denoising steps, at most the T of training (default: T)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: ddpm)")
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
+    parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"), default="auto",
+                        help="bf16 autocast; auto: where the processor computes in it (default: auto)")  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
     parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
     parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")

@@ -153,9 +153,8 @@ def main():
                 os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
             )
             progress.say(f"epoch {epoch}: held-out loss {held_out_loss:.4f}")
-            show_samples(
-                unet, vae, t_ember, text_encoder, cfg, os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
-            )
+            path = os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
+            show_samples((unet, vae, t_ember, text_encoder), autocast, cfg, path)
             draw_curves(args.run_dir)
         epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
@@ -221,12 +220,13 @@ def log_training(run, step, loss, lr):
         append_csv(os.path.join(run.dir, "unet_train.csv"), {"step": step, "lr": lr, "loss": loss.item()})
 
 
-def show_samples(unet, vae, t_ember, text_encoder, cfg, path):
+def show_samples(models, autocast, cfg, path):
     """A row per prompt, from the same noise at every epoch."""
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
-    images = sample(unet, vae, t_ember, text_encoder, prompts, cfg.timesteps, len(prompts),
-                    alpha_bar=alpha_bar, seeds=list(range(len(prompts))))  # fmt: skip
+    with autocast():
+        images = sample(*models, prompts, cfg.timesteps, len(prompts),
+                        alpha_bar=alpha_bar, seeds=list(range(len(prompts))))  # fmt: skip
     save_grid(path, images, columns=SAMPLES_PER_PROMPT)
 
 

@@ -154,6 +154,16 @@ def test_ema_weights_are_sampled_only_on_request(tiny_run, tmp_path, run_here):
     assert pixels["before"] == pixels["plain"] != pixels["ema"]
 
 
+def test_many_pictures_are_all_written_and_the_grid_shows_the_first(tiny_run, tmp_path, run_here):
+    command = ["--prompt", "x", "--run_dir", "run", "--steps", 1, "--num_images", 105, "--out", tmp_path / "out"]
+    result = run_here("sample.py", *command, cwd=tiny_run)
+    assert result.returncode == 0 and "wrote 105 pictures" in result.stdout, result.stderr
+    assert len(list((tmp_path / "out").glob("x_seed*.png"))) == 105
+    with Image.open(tmp_path / "out/x_grid.png") as grid, Image.open(tmp_path / "out/x_seed99.png") as last:
+        assert grid.size == (10 * 34 + 2, 10 * 34 + 2)
+        assert grid.crop((9 * 34 + 2, 9 * 34 + 2, 340, 340)).tobytes() == last.tobytes()
+
+
 def test_odd_prompts_become_tame_file_names(tiny_run, tmp_path, run_here):
     prompts = ["../../etc/passwd", "\x1b[31mred\n", ""]
     result = run_here("sample.py", "--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path / "out",
