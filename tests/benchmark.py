@@ -1,21 +1,26 @@
 """How fast the project is beside what people would otherwise use: diffusers' modules, a torchvision data loader.
 
   python tests/benchmark.py                 everything, in one run; minutes on two cores
-  python tests/benchmark.py unet sample     only these: unet, vae, sample, data
+  python tests/benchmark.py unet sample     only these: unet, vae, sample, data, growth
   python tests/benchmark.py --json FILE     the figures as JSON too
 
 Both sides do the same work with the same weights and take turns, so that a busy machine is busy for both; a ratio is
 that of the medians. "eager" is diffusers as most would run it (fp32, Adam); "tuned" has what we have: the precision and
-the memory layout of our trainers, fused Adam. What it is not: a test. Times depend on the machine; nothing here fails.
+the memory layout of our trainers, fused Adam. Utilisation is the step's operations (torch's counter) over what a large
+matrix product reaches in the same precision in the same run. growth is time per picture at three sizes of a data set or
+of an order of pictures, and the memory that training takes. What it is not: a test. Times depend on the machine; nothing
+here fails.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +31,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -64,6 +70,27 @@ def in_turns(sides, rounds, device):
             if n:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def flops_of(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_flops(device, n=2048):
+    """Operations per second of a large matrix product, in the precision of our trainers; the best of ten."""
+    dtype = torch.bfloat16 if computes_in_bf16(device) else torch.float32
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(in_turns({"product": lambda: a @ a}, 10, device)["product"])
+
+
+def with_utilisation(rows, step, device):
+    """Adds to the rows of a training step how much of the machine it used."""
+    flops, peak = flops_of(step), peak_flops(device)
+    for row in rows.values():
+        row["utilisation"] = flops / row["median_s"] / peak
+    return rows | {"flops": flops, "peak_flops": peak}
 
 
 def summary(times, unit=1.0):
@@ -120,7 +147,7 @@ def bench_unet(device, rounds):
         return step
 
     sides = {"ours": our_step, "diffusers eager": their_side(False), "diffusers tuned": their_side(True)}
-    return summary(in_turns(sides, rounds, device))
+    return with_utilisation(summary(in_turns(sides, rounds, device)), our_step, device)
 
 
 def bench_vae(device, rounds):
@@ -162,13 +189,14 @@ def bench_vae(device, rounds):
         return step
 
     sides = {"ours": our_step, "diffusers eager": their_side(False), "diffusers tuned": their_side(True)}
-    return summary(in_turns(sides, rounds, device))
+    return with_utilisation(summary(in_turns(sides, rounds, device)), our_step, device)
 
 
 @torch.no_grad()
-def bench_sample(device, rounds, steps=20):
-    """The loop of sample.py without decoding, 4 pictures of preset coco, `steps` of 200 steps."""
+def bench_sample(device, rounds, steps=200):
+    """The loop of sample.py without decoding, 4 pictures of preset coco, 200 steps."""
     cfg = SDConfig(**PRESETS["coco"])
+    autocast = make_autocast(device, cfg.mixed_precision)
     ours, t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
     theirs = their_unet(cfg).to(device)
     theirs.load_state_dict(ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()})
@@ -182,9 +210,9 @@ def bench_sample(device, rounds, steps=20):
         def predict_noise(z, t):
             return ours(z, t_ember(torch.full((4,), t, device=device)), text_emb)
 
-        SAMPLERS["ddpm"](
-            predict_noise, z, spaced_timesteps(steps, cfg.timesteps), alpha_bar, lambda: torch.randn_like(z)
-        )
+        ts = spaced_timesteps(steps, cfg.timesteps)
+        with autocast():
+            SAMPLERS["ddpm"](predict_noise, z, ts, alpha_bar, lambda: torch.randn_like(z))
 
     def their_loop():
         x = z
@@ -225,12 +253,77 @@ def bench_data(device, rounds, count=512):
         return figures | {"pictures_per_second": count / figures["ours"]["median_s"]}
 
 
-BENCHES = {"unet": bench_unet, "vae": bench_vae, "sample": bench_sample, "data": bench_data}
+COUNTS = (1_000, 10_000, 40_000)
+SMALL = {"image_size": 16, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "timesteps": 4,
+         "unet_block_out_channels": (8, 16), "unet_norm_num_groups": 4, "time_dim": 32, "text_encoder": "hash", "text_length": 8,
+         "batch_size": 32, "held_out_images": 32}  # fmt: skip
+
+
+def link_pictures(folder, count):
+    """A data set of `count` names for 64 small photographs, in the layout of --dataset folder."""
+    images, noise = Path(folder, "images"), np.random.RandomState(0)
+    images.mkdir(parents=True)
+    for i in range(64):
+        Image.fromarray(noise.randint(0, 256, (24, 32, 3), dtype=np.uint8)).resize((160, 120)).save(images / f"{i}.jpg")
+    for i in range(64, count):
+        os.link(images / f"{i % 64}.jpg", images / f"{i}.jpg")
+    lines = (json.dumps({"file_name": f"images/{i}.jpg", "text": f"number {i}"}) for i in range(count))
+    Path(folder, "metadata.jsonl").write_text("\n".join(lines))
+
+
+def timed_script(script, *words, cwd):
+    """Run a script -> (seconds, the most memory of its own that it had, page cache apart, in GB)."""
+    start, peak = time.perf_counter(), 0
+    command = [sys.executable, str(Path(__file__).resolve().parent.parent / script), *map(str, words)]
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            time.sleep(0.02)
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                peak = max(peak, int(next(line for line in status if line.startswith("RssAnon")).split()[1]))
+        if process.returncode:
+            sys.exit(process.stderr.read())
+    return time.perf_counter() - start, peak / 1e6
+
+
+def bench_growth(device, rounds):
+    """Milliseconds per picture at each count: to prepare, for a step of training, to generate (the smallest models)."""
+    rows, flags_of = {}, lambda settings: [w for k, v in settings.items() for w in
+                                           (f"--{k}", *map(str, v if isinstance(v, tuple) else (v,)))]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for n in COUNTS:
+            link_pictures(os.path.join(folder, str(n)), n)
+            common = [
+                "--dataset",
+                "folder",
+                "--data_root",
+                str(n),
+                "--run_dir",
+                f"run{n}",
+                "--max_images",
+                n,
+                *flags_of(SMALL),
+            ]
+            steps = lambda count: ["--max_steps", count, "--save_minutes", 60]  # noqa: E731
+            prepare, _ = timed_script("train_vae.py", *common, *steps(1), cwd=folder)
+            start, _ = timed_script("train_vae.py", *common, *steps(1), "--overwrite", cwd=folder)
+            train, memory = timed_script("train_vae.py", *common, *steps(n // 32), "--overwrite", cwd=folder)
+            timed_script("train_unet.py", *common, *steps(1), cwd=folder)
+            order = ["--run_dir", f"run{n}", "--prompt", "x", "--steps", 1, "--out", f"out{n}"]
+            one, _ = timed_script("sample.py", *order, "--num_images", 1, cwd=folder)
+            many, _ = timed_script("sample.py", *order, "--num_images", n, cwd=folder)
+            rows[n] = {"prepare_ms": 1e3 * (prepare - start) / n, "train_ms": 1e3 * (train - start) / n,
+                       "sample_ms": 1e3 * (many - one) / n, "memory_gb": memory}  # fmt: skip
+            print(f"  {n:6d} pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[n].items()), flush=True)
+    return rows
+
+
+BENCHES = {"unet": bench_unet, "vae": bench_vae, "sample": bench_sample, "data": bench_data, "growth": bench_growth}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", nargs="*", metavar="unet | vae | sample | data", help="(default: all)")
+    parser.add_argument("what", nargs="*", metavar=" | ".join(BENCHES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
@@ -243,10 +336,11 @@ def main():
         figures[name] = BENCHES[name](device, args.rounds)
         print(f"{name}: {BENCHES[name].__doc__.splitlines()[0]}")
         for side, row in figures[name].items():
-            if isinstance(row, dict):
+            if isinstance(row, dict) and "median_s" in row:
                 low, high = row["quartiles"]
+                used = f", utilisation {100 * row['utilisation']:.0f} %" if "utilisation" in row else ""
                 print(f"  {side:24s} {1000 * row['median_s']:9.1f} ms, {row['ratio_to_ours']:6.2f} x ours "
-                      f"(quartiles {low:.2f} .. {high:.2f} of the median, n = {row['n']})")  # fmt: skip
+                      f"(quartiles {low:.2f} .. {high:.2f} of the median, n = {row['n']}){used}")  # fmt: skip
     peak = (
         torch.cuda.max_memory_allocated() / 1e9
         if device.type == "cuda"
