@@ -12,6 +12,7 @@ batches from it by index.
 COCO captions: Chen et al. 2015 (arXiv 1504.00325); the 2017 release, https://cocodataset.org/#download
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be a giant
 MAX_PICTURE_BYTES = 100 << 20
 MAX_CAPTIONS_BYTES = 1 << 30  # COCO's largest captions file has 92 MB
 MAX_CAPTION = 2000  # characters: far more than the 77 tokens that an encoder takes
+PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # faults of the machine, not of a picture
 LISTED = 10  # names that verify prints of each kind
 TRAIN_SERIES, HELD_OUT_SERIES = 0, 1  # series of scenes: disjoint by their seed
 
@@ -54,12 +56,12 @@ class Pictures(Dataset):
         return len(self.names)
 
     def key(self):
-        """What the arrays depend on: the files, known by name, size and time of change, and how they are made square."""
+        """What the arrays depend on: the files, known by name, size and times of change, and how they are made square."""
         files = hashlib.sha256()
         for path in self.names:
             try:
                 found = os.stat(path)
-                seen = (os.path.basename(path), found.st_size, found.st_mtime_ns)
+                seen = (os.path.basename(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             except (OSError, ValueError):
                 seen = (os.path.basename(path), None)
             files.update(repr(seen).encode())
@@ -68,7 +70,11 @@ class Pictures(Dataset):
     def __getitem__(self, i):
         try:
             return to_array(read_square(self.names[i], self.image_size))
+        except MemoryError:
+            raise
         except Exception as e:  # decoders raise many kinds for a broken file, and each means that it cannot be read
+            if getattr(e, "errno", None) in PASSING:
+                raise
             return f"{self.names[i]}: {e}"
 
 

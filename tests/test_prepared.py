@@ -48,7 +48,7 @@ def test_what_is_prepared_is_not_computed_again(tmp_path):
     second, _ = make(tmp_path, rows)
     assert torch.equal(first, expected()) and torch.equal(second, expected()) and rows.firsts == [0]
     assert torch.equal(make("", rows)[0], expected())
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".json"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".json", ".lock"]
 
 
 def test_another_key_is_another_file(tmp_path):
@@ -69,11 +69,34 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, bad, stop_at, together):
     found, why = make(tmp_path, rows, together=together)
     assert torch.equal(found, expected(bad)) and why == {i: f"row {i} is bad" for i in bad}
     assert rows.firsts == [stop_at - stop_at % together]
-    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.bad"))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".json", ".lock"]
+
+
+@pytest.mark.parametrize("how", ["row flipped", "row zeroed", "log torn", "log empty", "log gone", "log of nonsense", "not UTF-8",
+                                 "row cut", "rows gone"])  # fmt: skip
+def test_what_a_stopped_build_left_is_used_only_as_far_as_it_is_whole(tmp_path, how):
+    """A power cut, a full disk: rows without their checksum's line, lines without their row, and worse."""
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Rows(7, bad=(3,)))
+    (part,), (log,) = tmp_path.glob("*.part"), tmp_path.glob("*.log")
+    data, lines = part.read_bytes(), log.read_bytes()
+    size = 24  # bytes of a row
+    damage = {
+        "row flipped": (part, data[: 2 * size + 5] + bytes([data[2 * size + 5] ^ 1]) + data[2 * size + 6 :]),
+        "row zeroed": (part, data[: 2 * size] + bytes(size) + data[3 * size :]), "log torn": (log, lines[:-3]),
+        "log empty": (log, b""), "log of nonsense": (log, b"3\n[1, 2, 3]\n"), "not UTF-8": (log, b"\xff" + lines),
+        "row cut": (part, data[:-1]), "rows gone": (part, b""), "log gone": (log, None),
+    }  # fmt: skip
+    file, content = damage[how]
+    file.unlink() if content is None else file.write_bytes(content)
+    rows = Rows(bad=(3,))
+    found, why = make(tmp_path, rows)
+    assert torch.equal(found, expected((3,))) and why == {3: "row 3 is bad"}
+    assert rows.firsts == [{"row flipped": 2, "row zeroed": 2, "log torn": 6, "row cut": 6}.get(how, 0)]
 
 
 @pytest.mark.parametrize(
-    "how", ["flip", "cut", "gone", "manifest cut", "manifest of another key", "manifest is a folder"]
+    "how", ["flip", "cut", "gone", "manifest cut", "manifest of another key", "manifest is a folder", "deep"]
 )
 def test_a_damaged_file_is_made_again_and_never_used(tmp_path, capsys, how):
     make(tmp_path, Rows())
@@ -90,6 +113,8 @@ def test_a_damaged_file_is_made_again_and_never_used(tmp_path, capsys, how):
         manifest.write_text(manifest.read_text()[:-20])
     elif how == "manifest of another key":
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"key": {}}))
+    elif how == "deep":
+        manifest.write_text("[" * 100_000)
     else:
         manifest.unlink()
         manifest.symlink_to("/dev/null")
@@ -101,7 +126,7 @@ def test_a_damaged_file_is_made_again_and_never_used(tmp_path, capsys, how):
 def test_two_builds_at_once_are_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, Rows(5))
-    (part,) = tmp_path.glob("*.part")
+    (part,) = tmp_path.glob("*.lock")
     hold = f"import fcntl, time; f = open({str(part)!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -122,6 +147,33 @@ def test_a_changed_picture_is_read_again(tmp_path):
     picture(tmp_path / "mine/images" / os.path.basename(path), (0, 0, 250))
     after, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))
     assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
+
+
+def test_another_folder_with_pictures_of_the_same_names_sizes_and_times_is_not_mistaken_for_it(tmp_path):
+    found = []
+    for folder, value in (("a", 10), ("b", 90)):
+        for i in range(4):
+            path = tmp_path / folder / f"images/{i}.png"
+            picture(path, (value, 0, 0))
+            path.with_suffix(".txt").write_text("x")
+            os.utime(path, ns=(0, 0))
+        cfg = SDConfig(dataset="folder", data_root=str(tmp_path / folder), image_size=32, num_workers=0,
+                       cache_dir=str(tmp_path / "prepared"))  # fmt: skip
+        found.append(read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))[0])
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monkeypatch, error):
+    import data
+
+    picture(tmp_path / "0.png", (1, 2, 3))
+    one = data.Pictures([(str(tmp_path / "0.png"), ["x"])], 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_rgb", lambda path: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            one[0]
+    assert one[0].shape == (3, 32, 32)
 
 
 def test_a_cached_run_has_the_bits_of_one_in_memory_and_a_killed_build_goes_on(tmp_path, fork):
