@@ -132,22 +132,32 @@ def num_bytes(module):
     return sum(v.numel() * v.element_size() for v in module.state_dict().values())
 
 
+def most_bytes(weights):
+    """What a file of so many bytes of weights may have, names and padding included."""
+    return 2 * weights + (1 << 20)
+
+
 def load_weights(path, entry, module):
     """Copy a checked file into module (strictly); Damaged, in one line, if a tensor is missing, other, or not finite."""
-    weights, own = read_tensors(path, entry, 2 * num_bytes(module) + (1 << 20)), module.state_dict()
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise Damaged(f"{path}: holds no weights; restore it")
+    weights, own = read_tensors(path, entry, most_bytes(num_bytes(module))), module.state_dict()
+    if not isinstance(weights, dict) or not all(is_plain(v) for v in weights.values()):
+        raise Damaged(f"{path}: holds no plain weights; restore it")
     kind = type(module).__name__
     for name in [k for k in own if k not in weights] + [k for k in weights if k not in own]:
         verb = "lacks" if name in own else "holds"
         raise Damaged(f"{path}: not the {kind} of these settings: it {verb} {printable(name)}; restore it")
     for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.dtype != own[name].dtype or tensor.shape != own[name].shape:
+        if tensor.dtype != own[name].dtype or tensor.shape != own[name].shape:
             raise Damaged(f"{path}: not the {kind} of these settings: {name} is {describe(tensor)} instead of "
                           f"{describe(own[name])}; restore it")  # fmt: skip
         if not tensor.isfinite().all():
             raise Damaged(f"{path}: {name} holds values that are not finite numbers; restore it")
     module.load_state_dict(weights)
+
+
+def is_plain(value):
+    """Whether it is a tensor with numbers of its own: not sparse, nested, quantized or without storage."""
+    return isinstance(value, torch.Tensor) and not value.is_nested and value.layout == torch.strided and value.is_cpu
 
 
 def describe(tensor):
@@ -166,8 +176,11 @@ def load_adam(path, optimizer, saved):
     if len(saved) not in (0, len(parameters)):
         raise Damaged(f"{path}: holds the Adam state of another model; restore it")
     for p, s in zip(parameters, saved):
-        if s["exp_avg"].shape != p.shape or s["exp_avg_sq"].shape != p.shape:
-            raise Damaged(f"{path}: holds the Adam state of another model; restore it")
+        for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+            if not is_plain(s[name]) or s[name].shape != shape or s[name].dtype != torch.float32:
+                raise Damaged(f"{path}: holds the Adam state of another model; restore it")
+            if not s[name].isfinite().all():
+                raise Damaged(f"{path}: holds values that are not finite numbers; restore it")
         # copied into tensors laid out like p, because the fused kernel walks through all of them in step
         optimizer.state[p] = {k: torch.empty_like(p).copy_(s[k]) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p]["step"] = s["step"].to(p.device)
@@ -204,6 +217,8 @@ def read_manifest(run_dir, kind, tag):
                             "version of this project that wrote it, or train again")  # fmt: skip
         manifest["cfg"] = settings_to_config(manifest["settings"], path)
         entries = [*manifest["files"].values(), *manifest.get("made_from", {}).values()]
+        whole = whole and all(f"{prefix}{tag}.pth" in manifest["files"] for prefix in PREFIXES[kind])
+        whole = whole and all(type(manifest[k]) is t for k, t in (("finished", bool), ("epoch", int), ("step", int)))
         if whole and all(type(e["bytes"]) is int and type(e["sha256"]) is str for e in entries):
             return manifest
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -252,11 +267,18 @@ def load_models(run_dir, ema, device):
     made_from = manifest.get("made_from", {})
     files, vae_file = manifest["files"] | made_from, os.path.basename(next(iter(made_from), "the VAE"))
     models = []
-    for file, module in ((vae_file, AutoencoderKL(cfg)), (f"{name}.pth", UNetLatent(cfg)),
-                         (f"t_ember_ckpt{tag}.pth", TimeEmbedding(cfg.time_dim))):  # fmt: skip
+    for file, kind, size in ((vae_file, AutoencoderKL, cfg), (f"{name}.pth", UNetLatent, cfg),
+                             (f"t_ember_ckpt{tag}.pth", TimeEmbedding, cfg.time_dim)):  # fmt: skip
         path = os.path.join(run_dir, file)
         if file not in files:
             raise UserError(f"{manifest_path(run_dir, 'unet', tag)}: does not list {file}; train again")
+        with torch.device("meta"):  # takes no memory, however large the manifest says it is
+            expected = num_bytes(kind(size))
+        if not expected <= files[file]["bytes"] <= most_bytes(expected):
+            raise UserError(
+                f"{path}: {files[file]['bytes']} bytes are not a {kind.__name__} of these settings; restore it"
+            )
+        module = kind(size)
         try:
             load_weights(path, files[file], module)
         except Damaged as e:
@@ -266,6 +288,14 @@ def load_models(run_dir, ema, device):
             raise UserError(f"{e}{retrained if file == vae_file else ''}") from None
         models.append(module.to(device).eval().requires_grad_(False))
     return cfg, name, *models
+
+
+def check_text_encoder(run_dir, text_encoder):
+    """UserError if the newest U-Net was trained with other weights of the text encoder."""
+    tag, manifest = newest_epoch_set(run_dir, "unet")
+    if manifest.get("text") not in (None, text_encoder.key()):
+        raise UserError(f"--text_encoder: not the weights that {manifest_path(run_dir, 'unet', tag)} was trained with; give "
+                        "the same ones")  # fmt: skip
 
 
 def load_vae(cfg, run_dir, device):
@@ -283,6 +313,13 @@ def load_vae(cfg, run_dir, device):
     load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
     print(f"VAE: {os.path.join(run_dir, file)}")
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}
+
+
+def processor():
+    """The instructions that PyTorch uses on this CPU: with others the last bits of a sum are others."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    names = [name for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16") if found.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *names])
 
 
 # ---- A training run -------------------------------------------------------------------------------------
@@ -304,7 +341,7 @@ class Run:
         )
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {"torch": torch.__version__, "device": world.device.type, "threads": torch.get_num_threads(),
-                   "processes": world.size}  # fmt: skip
+                   "processor": processor(), "processes": world.size}  # fmt: skip
         self.about = {"preset": args.preset, "settings": settings, "machine": machine}
         self.lock, self.csv = None, (f"{kind}_train.csv", f"{kind}_held_out.csv")
         self.prefixes = (*PREFIXES[kind], f"{kind}_state")  # of a set's files, in the order of the modules; state last
@@ -334,7 +371,8 @@ class Run:
         free = {f.name for f in fields(SDConfig) if f.metadata["free"]}  # change the pace, never a result
         now, then = self.about["settings"], manifest["settings"]
         changed = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
-        for name, what in (("data", "the pictures or their captions are others"), ("made_from", "the VAE is another")):
+        for name, what in (("data", "the pictures or their captions are others"), ("made_from", "the VAE is another"),
+                           ("text", "the text encoder's weights are others")):  # fmt: skip
             if name in self.about and self.about[name] != manifest.get(name):
                 changed.append(what)
         if changed:
@@ -396,7 +434,7 @@ class Run:
         if damaged:
             raise UserError(f"{damaged[0][1]}; or give --overwrite to start over: no other set in {self.dir} is whole")
         for name in sorted(os.listdir(self.dir)):
-            weights = re.fullmatch(rf"(?:{'|'.join(self.prefixes)})(.+)\.pth", name)
+            weights = re.fullmatch(rf"(?:{'|'.join(self.prefixes)})(\d+(?:_step\d+)?)\.pth", name)
             if name in self.csv or (weights and weights[1] != FIRST):  # killed within its first save is no run yet
                 raise UserError(f"--run_dir {self.dir}: holds {name} but no {self.kind}_set*.json to go on from; "
                                 "restore it, give another --run_dir, or --overwrite to start over")  # fmt: skip
@@ -415,7 +453,8 @@ class Run:
         try:
             load_adam(path, optimizer, state["adam"])
             counters, csv = state["counters"], {name: state["csv"].get(name) for name in self.csv}
-            fits = all(type(v) is type(counters[k]) for k, v in start.items()) and len(counters) == len(start)
+            fits = counters["step"] == manifest["step"] >= 0 and counters["epoch"] == manifest["epoch"] >= 0
+            fits = fits and all(type(v) is type(counters[k]) for k, v in start.items()) and len(counters) == len(start)
             fits = fits and all(v.shape == counters[k].shape for k, v in start.items() if isinstance(v, torch.Tensor))
         except (KeyError, TypeError, AttributeError, RuntimeError):
             fits = False
@@ -466,9 +505,8 @@ class Run:
         """config.json: the settings of both trainers, for people; no script reads it."""
         path = os.path.join(self.dir, "config.json")
         try:
-            with open(path, encoding="utf-8") as f:
-                records = dict(json.load(f))
-        except (OSError, ValueError, TypeError):
+            records = dict(json.loads(read_file(path, MAX_MANIFEST_BYTES)))
+        except (Damaged, ValueError, TypeError, RecursionError):
             records = {}
         records[f"train_{self.kind}"] = self.about
         write_file(path, json.dumps(records, indent=1).encode())
@@ -505,7 +543,11 @@ class Run:
             self.remove(name)
 
     def is_ours(self, name):
-        return name.startswith((f"{self.kind}_", *PREFIXES[self.kind])) or name == "config.json.tmp"
+        """Whether a run of this kind writes such a name; others in its directory belong to somebody else."""
+        tag, kind = r"\d+(_step\d+)?", self.kind
+        pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
+        pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?"
+        return re.fullmatch(pattern, name) is not None
 
     def remove(self, name):
         with contextlib.suppress(FileNotFoundError):

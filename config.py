@@ -67,7 +67,7 @@ class SDConfig:
     text_length: int = setting(77, "tokens per caption, longer ones are cut; CLIP takes 77 and no other", low=1)
 
     # diffusion
-    timesteps: int = setting(200, "T, the number of noise levels", low=1)
+    timesteps: int = setting(200, "T, the number of noise levels", low=1, high=100_000)
     beta_start: float = setting(1e-4, "noise variance added by the first step", low=1e-9, high=0.999)
     beta_end: float = setting(0.02, "noise variance added by the last step", low=1e-9, high=0.999)
 
@@ -251,8 +251,9 @@ def parse_training_args(description, stage, argv=None):
     given = {n: getattr(args, n) for n in names if hasattr(args, n)}
     given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     args.preset, reason = choose_preset(args, given)
-    args.run_dir = args.run_dir or os.path.join("runs", args.preset)
+    args.run_dir = os.path.join("runs", args.preset) if args.run_dir is None else args.run_dir
     try:
+        _check(args.run_dir, "run_dir", "is empty", "give a folder")
         _check(args.preset == "coco" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))

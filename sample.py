@@ -17,7 +17,7 @@ import torch
 from PIL import PngImagePlugin
 from torchvision.utils import make_grid
 
-from checkpoint import load_models, newest_run, write_file
+from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int
 from diffusion import SAMPLERS, baab, sample
 from text_encoder import make_text_encoder
@@ -39,6 +39,7 @@ def main():
         sys.exit(2)
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
+    check_text_encoder(run_dir, text_encoder)
     alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     autocast = make_autocast(device, args.mixed_precision)
 

@@ -29,6 +29,7 @@ from training import (
     Progress,
     append_csv,
     average_over,
+    check_held_out,
     clip_gradients,
     compiled,
     ema_decay_at,
@@ -73,6 +74,7 @@ def main():
     run.open()
     autocast = make_autocast(device, cfg.mixed_precision)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
+    run.about["text"] = text_encoder.key()
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
@@ -149,6 +151,7 @@ def main():
 
         if world.rank == 0:
             held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
+            check_held_out(held_out_loss, step, run.last_saved)
             append_csv(
                 os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
             )
@@ -200,7 +203,7 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
             progress.update(len(texts[i : i + ENCODED_TOGETHER]))
         progress.close()
 
-    key = {"captions": fingerprint(texts), "text_encoder": text_encoder.key(), "machine": about["machine"]}
+    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": about["machine"]}
     shape = (cfg.text_length, cfg.text_dim)
     embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
     embedded = near(embedded, device)

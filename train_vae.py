@@ -23,6 +23,7 @@ from training import (
     Progress,
     append_csv,
     average_over,
+    check_held_out,
     clip_gradients,
     compiled,
     conv_layout,
@@ -126,6 +127,7 @@ def main():
 
         if world.rank == 0:
             figures = evaluate(vae, held_out, device, cfg)
+            check_held_out(figures["mse"], step, run.last_saved)
             append_csv(os.path.join(args.run_dir, "vae_held_out.csv"), {"epoch": epoch, "step": step} | figures)
             progress.say(f"epoch {epoch}: held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB), latent mean "
                          f"{figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}")  # fmt: skip

@@ -16,6 +16,7 @@ import math
 import os
 import shlex
 import signal
+import stat
 import sys
 import time
 from datetime import timedelta
@@ -38,6 +39,7 @@ from config import UserError, printable
 def run_script(main):
     """Run a script's main(); what the user can put right ends in one line on stderr and exit code 1."""
     handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    make_output_safe()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
@@ -52,6 +54,8 @@ def run_script(main):
     except OSError as e:
         if e.errno == errno.EMFILE:
             fail("--num_workers: too many files are open at once; give fewer, or 0")
+        if e.errno in (errno.EROFS, errno.ENOSPC, errno.ENOSYS) and not e.filename:  # semaphores in shared memory
+            fail(f"--num_workers: no processes can be started ({e.strerror}; is /dev/shm writable?); give 0")
         fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else e)
     except (RuntimeError, MemoryError) as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -67,6 +71,15 @@ def run_script(main):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def make_output_safe():
+    """Output may be closed from the start, or unable to show a character of a file's name; neither stops the work."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def fail(message):
@@ -93,10 +106,11 @@ class Interrupts:
         if self.signal:  # asked twice: at once, which leaves the last set as it is
             os._exit(128 + number)
         self.signal = number
+        if number == getattr(signal, "SIGHUP", None):
+            leave_terminal()
         if self.rank:  # goes on until rank 0 has saved and left, which ends them all
             return
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            print("\nfinishing the step and saving; once more stops at once", file=sys.stderr, flush=True)
+        print("\nfinishing the step and saving; once more stops at once", file=sys.stderr, flush=True)
 
     def due(self):
         """Whether rank 0 must save now; a matter of clocks and signals, so each process must not decide for itself."""
@@ -106,10 +120,23 @@ class Interrupts:
         """Note that a set has been saved; exit with code 128 + signal if one has asked for that."""
         self.last = time.monotonic()
         if self.signal:
-            command = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-            with contextlib.suppress(OSError):
-                print(f"stopped after step {step}, saved; to go on: {command}", flush=True)
+            command = shlex.join([*launcher(), *(word for word in sys.argv if word != "--overwrite")])
+            print(f"stopped after step {step}, saved; to go on: {command}", flush=True)
             sys.exit(128 + self.signal)
+
+
+def leave_terminal():
+    """After a hang-up: what would be written to the terminal goes nowhere, instead of failing."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def launcher():
+    """The words before the script's name in the command that started this run."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
 
 
 # ---- Device and precision -------------------------------------------------------------------------------
@@ -173,6 +200,13 @@ def shares_of(count, world, parts):
     if len(mine) == 0:  # more processes than samples: takes part, counts for nothing
         return [(torch.zeros(1, dtype=torch.long), 0.0)]
     return [(part, len(part) * world.size / count) for part in mine.chunk(parts)]
+
+
+def check_held_out(figure, step, last_saved):
+    """UserError if a held-out figure is not a number: the weights are useless, even if each step's loss was finite."""
+    if not math.isfinite(figure):
+        raise UserError(f"--lr: after step {step} the held-out figures are not numbers; start over with a lower --lr and "
+                        f"--overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
 def compiled(module, wanted):

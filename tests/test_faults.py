@@ -128,17 +128,22 @@ def changed(weights, how):
         "shape": rest | {first: value[:1]},
         "dtype": rest | {first: value.double()},
         "sparse": rest | {first: value.to_sparse()},
+        "meta": rest | {first: value.to("meta")},
+        "nested": rest | {first: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
         "stride": rest | {first: torch.ones(1).expand(2**40)},
         "prefix": {f"module.{k}": v for k, v in weights.items()},
         "compiled": {f"_orig_mod.{k}": v for k, v in weights.items()},
     }[how]
 
 
-@pytest.mark.parametrize("how", ["nan", "missing", "extra", "shape", "dtype", "sparse", "stride", "prefix", "compiled"])
+@pytest.mark.parametrize("how", ["nan", "missing", "extra", "shape", "dtype", "sparse", "meta", "nested", "stride",
+                                 "prefix", "compiled"])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_with_the_tensor(copy, run_here, how):
     weights = weights_of(copy)
     forge(copy / "run", "unet", "2", "unet_ckpt2.pth", changed(weights, how))
-    word = {"extra": "extra", "prefix": "UNetLatent", "compiled": "UNetLatent"}.get(how, next(iter(weights)))
+    words = {"extra": "extra", "prefix": "UNetLatent", "compiled": "UNetLatent"}
+    words |= dict.fromkeys(("sparse", "meta", "nested"), "no plain weights")
+    word = words.get(how, next(iter(weights)))
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "unet_ckpt2.pth", word)
 
 
@@ -210,7 +215,7 @@ def test_a_changed_setting_in_a_manifest_is_noticed(copy, run_here):
 @pytest.mark.parametrize("change", [
     {"settings": {"nonsense": 1}}, {"settings": []}, {"settings": {"lr": "fast"}}, {"files": {}}, {"files": []}, {"made_from": {}},
     {"made_from": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}, {"files": {"unet_ckpt2.pth": 3}}, {"format": 99},
-    {"made_from": {"vae_ckpt_epoch2.pth": {"bytes": 10**18, "sha256": "x"}}}])  # fmt: skip
+    {"made_from": {"vae_ckpt_epoch2.pth": {"bytes": 10**18, "sha256": "x"}}}, {"finished": 3}, {"epoch": "2"}, {"step": None}])  # fmt: skip
 def test_a_signed_manifest_of_nonsense_is_refused(copy, run_here, change):
     path = copy / "run/unet_set2.json"
     path.write_text(sign(json.loads(path.read_text()) | change))
@@ -219,13 +224,63 @@ def test_a_signed_manifest_of_nonsense_is_refused(copy, run_here, change):
     assert files(copy) == before
 
 
+@pytest.mark.parametrize("giant", [{"unet_block_out_channels": [4096, 8192], "time_dim": 16384}, {"timesteps": 10**9}])
+def test_a_signed_manifest_of_a_giant_is_refused_before_it_takes_memory(copy, run_here, giant):
+    path = copy / "run/unet_set2.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(sign(manifest | {"settings": manifest["settings"] | giant}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with no_hang():
+        assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "run/")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1 << 19  # KiB
+
+
+def test_another_text_encoder_than_the_trained_one_is_refused(copy, run_here):
+    path = copy / "run/unet_set2.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["text"] == {"hash": 1, "dim": 512, "max_length": 12}
+    path.write_text(sign(manifest | {"text": {"clip": "another"}}))
+    assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "--text_encoder", "unet_set2.json")
+
+
+@pytest.mark.parametrize("how", ["pipe", "deep", "device"])
+def test_what_stands_in_the_place_of_config_json_is_not_in_the_way(tmp_path, run_here, how):
+    """No script reads it, so whatever it is becomes a fresh one."""
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/config.json"
+    path.write_text("[" * 100_000)
+    if how != "deep":
+        special_file(path, how)
+    with no_hang(30):
+        result = run_here("train_vae.py", *TRAIN, *flags(TINY), "--max_steps", 1, cwd=tmp_path)
+    assert result.returncode == 0 and "train_vae" in json.loads(path.read_text())
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(copy, run_here):
+    mine = {
+        name: b"mine" for name in ("vae_notes.txt", "unet_ckpt_backup.pth", "vae_set.json", "unet_samples_best.png")
+    }
+    for name, content in mine.items():
+        (copy / "run" / name).write_bytes(content)
+    for script in ("train_vae.py", "train_unet.py"):
+        assert run_here(script, *TRAIN, "--overwrite", *flags(TINY), "--max_steps", 1, cwd=copy).returncode == 0
+    after = files(copy / "run")
+    assert {name: after[name] for name in mine} == mine
+    assert {n for n in after if n.startswith("unet_ckpt")} == {"unet_ckpt1.pth", "unet_ckpt_backup.pth"}
+
+
 def test_adam_state_of_another_model_is_refused(tmp_path, fork):
     command = ("train_vae.py", *TRAIN, *flags(TINY | {"save_minutes": 0}))
     assert fork(*command, cwd=tmp_path, inject={"signal_at_step": (signal.SIGINT, 2)}).wait().returncode == 130
     run = tmp_path / "run"
     good = torch.load(run / "vae_state1_step2.pth", weights_only=True)
     shapes = [{k: torch.zeros(3) for k in ("exp_avg", "exp_avg_sq", "step")} for _ in good["adam"]]
-    for bad in (good | {"adam": shapes}, good | {"adam": good["adam"][:3]}, {}, [], good | {"counters": {"step": 2}},
+    one = [good["adam"][0] | change for change in (
+        {"exp_avg": good["adam"][0]["exp_avg"] * float("nan")}, {"exp_avg_sq": good["adam"][0]["exp_avg_sq"].long()},
+        {"step": torch.zeros(3)}, {"step": torch.tensor(float("inf"))}, {"exp_avg": 3})]  # fmt: skip
+    entries = [good | {"adam": [bad, *good["adam"][1:]]} for bad in one]
+    counts = [good | {"counters": good["counters"] | {"step": n}} for n in (-5, 10**9)]
+    for bad in (*entries, *counts, good | {"adam": shapes}, good | {"adam": good["adam"][:3]}, {}, [], good | {"counters": {"step": 2}},
                 good | {"csv": 3}, good | {"counters": good["counters"] | {"window": torch.zeros(7)}}):  # fmt: skip
         for tag in ("1_step1", "1_step2"):
             forge(run, "vae", tag, f"vae_state{tag}.pth", bad)
@@ -302,9 +357,8 @@ def test_a_failing_flush_keeps_the_old_set(tmp_path, fork, number):
 def test_a_run_directory_that_cannot_be_is_named_before_the_data_is_read(tmp_path, run_here, run_dir, word):
     (tmp_path / "file").write_text("mine")
     result = run_here("train_vae.py", "--preset", "demo", *flags(TINY), "--run_dir", run_dir, cwd=tmp_path)
-    if run_dir:
-        assert_one_line_error(result, 1, word)
-    assert "read training pictures" not in result.stdout or not run_dir
+    assert_one_line_error(result, 1 if run_dir else 2, word)
+    assert "read training pictures" not in result.stdout
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -578,6 +632,13 @@ def test_settings_out_of_range_are_mistakes_of_the_arguments(tmp_path, run_here,
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_the_last_step_made_useless_are_not_called_finished(tmp_path, run_here):
+    """The loss of the only step is fine; what comes after it is not."""
+    command = (*TRAIN, "--overwrite", *flags(TINY | {"lr": 1e9, "lr_warmup_steps": 0}), "--max_steps", 1)
+    assert_one_line_error(run_here("train_vae.py", *command, cwd=tmp_path), 1, "--lr", "step 1", "set1_step0")
+    assert [p.name for p in (tmp_path / "run").glob("vae_set*")] == ["vae_set1_step0.json"]
+
+
 def test_pictures_that_are_not_numbers_are_not_written(copy, run_here):
     weights = weights_of(copy, "vae_ckpt_epoch2.pth")
     forge(copy / "run", "unet", "2", "vae_ckpt_epoch2.pth", {k: torch.full_like(v, 3e38) for k, v in weights.items()})
@@ -593,11 +654,13 @@ def test_an_output_folder_that_cannot_be_is_named(copy, run_here, out):
 
 
 @pytest.mark.parametrize("shell", [
+    "{python} {train} >&-", "{python} {train} 2>&-", "{python} {train} --run_dir $'\\xff'", "{python} {train} | head -c 1",
     "{python} {sample} | head -c 1", "{python} {sample} >&-", "{python} {sample} 2>&-", "LANG=C LC_ALL=C {python} {sample}",
     "env -u HOME {python} {sample}", "mkdir gone; cd gone; rmdir ../gone; {python} {absolute}"])  # fmt: skip
 def test_odd_surroundings_are_survived(copy, shell):
     command = shell.format(
         python=sys.executable,
+        train=f"{ROOT}/train_vae.py --preset demo --overwrite --max_steps 1 " + " ".join(map(str, flags(TINY))),
         sample=f"{ROOT}/sample.py --prompt é --run_dir run --steps 1 --num_images 1",
         absolute=f"{ROOT}/sample.py --prompt x --run_dir {copy}/run --steps 1 --num_images 1",
     )

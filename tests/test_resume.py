@@ -237,16 +237,17 @@ def test_a_vae_trained_again_is_refused(begin, fork):
     assert_one_line_error(fork(*command("unet"), cwd=cwd).wait(), 1, "the VAE is another", "--overwrite")
 
 
-def test_another_number_of_threads_is_warned_of(begin, fork):
+@pytest.mark.parametrize("what, was", [("threads", 99), ("processor", "another"), ("torch", "1.0")])
+def test_another_machine_is_warned_of(begin, fork, what, was):
     cwd, _ = stopped_run(begin, fork, "vae")
     for path in (cwd / "run").glob("vae_set*.json"):
         from conftest import sign
 
         manifest = json.loads(path.read_text())
-        manifest["machine"]["threads"] += 1
+        manifest["machine"][what] = was
         path.write_text(sign(manifest))
     result = fork(*command("vae"), cwd=cwd).wait()
-    assert result.returncode == 0 and "warning: no longer exact to the bit: threads" in result.stderr
+    assert result.returncode == 0 and f"warning: no longer exact to the bit: {what} was {was}" in result.stderr
 
 
 def test_a_future_format_is_named(begin, fork):
@@ -259,6 +260,42 @@ def test_a_future_format_is_named(begin, fork):
 
 
 # ---- Signals and the lock ----
+
+
+@pytest.mark.parametrize("step", [2, STEPS_PER_EPOCH])
+def test_a_terminal_that_is_closed_saves_the_run(begin, tmp_path, step):
+    """A pseudo-terminal goes away, within an epoch and where its end is reported; the system sends the hang-up."""
+    import os
+    import pty
+    import sys
+
+    from conftest import ROOT
+
+    cwd, _ = begin("vae")
+    ready = tmp_path / "ready"
+    code = f"""
+import sys, time, pathlib; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import training, train_vae
+calls, real = [], training.optimizer_step
+def optimizer_step(optimizer, lr):
+    real(optimizer, lr); calls.append(lr)
+    if len(calls) == {step}: pathlib.Path({str(ready)!r}).touch(); time.sleep(1)
+train_vae.optimizer_step = optimizer_step
+sys.argv = {[str(w) for w in command("vae", SMALL | {"save_minutes": 60, "save_every": 50})]!r}
+training.run_script(train_vae.main)
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(cwd)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert list((cwd / "run").glob(f"vae_set*_step{step}.json"))
 
 
 def test_the_second_signal_stops_at_once_and_the_old_set_is_whole(begin, fork):
