@@ -8,7 +8,8 @@ pipeline. A run with the embedded encoder gets text_encoder.py instead, whose em
 What it is not: diffusers, which is never imported here, nor a conversion. The modules bear diffusers' names already (vae.py,
 unet.py); this is the room for what else its file format wants to be told, and tests/test_export.py asks diffusers.
 
-Format: what diffusers' own save_pretrained() writes, read from its sources at 0.35 and tried with that and 0.42.
+Format: what diffusers' own save_pretrained() writes. Opened with diffusers 0.42 beside transformers 5.24, and with 0.35
+beside 4.57.
 """
 
 import contextlib
@@ -112,6 +113,7 @@ def write_clip(folder, encoder):
 def write_tokenizer(folder, tokenizer):
     try:
         tokenizer.save_pretrained(folder)
+        tokenizer.backend_tokenizer.model.save(folder)  # vocab.json and merges.txt, which transformers 4 asks for
     except Exception as e:  # what the library raises when the disk is full has no class of its own
         raise OSError(f"tokenizer: {e}") from None
     for name in os.listdir(folder):
@@ -186,13 +188,13 @@ prompt = {{"prompt_embeds": text_encoder([{prompt!r}] * 4)}}
 """
 
 SAMPLE = """\
-seeds = [torch.Generator().manual_seed(k) for k in range(4)]  # the noise of `sample.py --seed 0`
-images = pipe(**prompt, num_inference_steps={steps}, guidance_scale=1, generator=seeds).images
+noise = [torch.Generator().manual_seed(seed) for seed in range(4)]  # the noise of `sample.py --seed 0`
+images = pipe(**prompt, num_inference_steps={steps}, guidance_scale=1, generator=noise).images
 images[0].save("picture.png")
 
 # In fewer steps. DDPMScheduler itself wants all {steps}: with fewer it adds noise after its last step.
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-images = pipe(**prompt, num_inference_steps={few}, guidance_scale=1, generator=seeds).images
+images = pipe(**prompt, num_inference_steps={few}, guidance_scale=1, generator=noise).images
 """
 
 CARD = """\
@@ -258,7 +260,7 @@ def snippet(cfg, with_clip):
     lines += [] if with_clip else ["from text_encoder import WordHashTextEncoder  # the file in this folder"]
     body = (OPEN_PIPELINE if with_clip else OPEN_MODELS) + SAMPLE
     values = {"prompt": printable(cfg.sample_prompts[0]), "dim": cfg.text_dim, "length": cfg.text_length}
-    values |= {"steps": cfg.timesteps, "few": min(20, cfg.timesteps)}
+    values |= {"steps": cfg.timesteps, "few": min(20, (cfg.timesteps + 1) // 2)}
     return "\n".join(lines) + "\n\n" + body.format(**values)
 
 

@@ -35,7 +35,7 @@ def main():
     run_dir = args.run_dir or newest_run()
     if args.export is not None:
         opener = export_run(args.export, run_dir, args.ema, args.text_encoder)
-        print(f"wrote {args.export}: opens with diffusers' {opener}; {os.path.join(args.export, 'README.md')} says how")
+        print(f"wrote {args.export} from {run_dir}: opens in diffusers' {opener}, as its README.md shows")
         return
     device = pick_device()
     cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
