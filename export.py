@@ -5,8 +5,8 @@
 Writes, all of it or nothing: vae/ and unet/ (safetensors, float32), scheduler/, README.md (a model card with the
 training's facts and code that runs), and with CLIP text_encoder/, tokenizer/ and model_index.json, which make it a
 pipeline. A run with the embedded encoder gets text_encoder.py instead, whose embeddings the pipeline takes.
-What it is not: diffusers, which is never imported here, nor a conversion. The modules bear diffusers' names already (vae.py,
-unet.py); this is the room for what else its file format wants to be told, and tests/test_export.py asks diffusers.
+What it is not: diffusers, which is never imported here, nor a conversion: the modules of vae.py and unet.py bear
+diffusers' names already. This is the room for what else its format wants to be told.
 
 Format: what diffusers' own save_pretrained() writes. Opened with diffusers 0.42 beside transformers 5.24, and with 0.35
 beside 4.57.
@@ -70,7 +70,7 @@ def export_run(folder, run_dir, ema=False, source=None):
 
 @contextlib.contextmanager
 def whole_folder(folder):
-    """-> a new folder beside `folder` that takes its name once the block has ended well, and is deleted if it does not."""
+    """-> a new folder beside `folder` that takes its name when the block ends well, and is deleted otherwise."""
     folder = os.path.abspath(folder)
     new = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(new)
@@ -278,7 +278,7 @@ def training_facts(cfg, run_dir, manifest):
         "data": f"{DATA[cfg.dataset][0]}, at most {cfg.max_images:,} pictures",
         "noise": ", ".join(f"{what} {value}" for what, value in noise_schedule(cfg).items()),
         "VAE": vae_facts(run_dir, manifest),
-        "U-Net": f"{steps:,} steps of {size} pictures: {steps * size:,} seen (the last batch of an epoch may be smaller)",
+        "U-Net": f"{steps:,} steps of {size} pictures: {steps * size:,} seen, or less by an epoch's smaller last batch",
         "U-Net, training loss": from_csv("{:.4f}", run_dir, "unet_train.csv", steps, "loss"),
         "U-Net, held-out loss": from_csv("{:.4f}", run_dir, "unet_held_out.csv", steps, "loss"),
         "seed, preset": f"{cfg.seed}, {manifest['preset']}",
