@@ -2,6 +2,7 @@
 
   python sample.py --prompt "a red sports car"
   python sample.py --prompt "a dog on the grass" "a blue house at night" --num_images 9 --seed 7
+  python sample.py --export DIR            the run as a folder that diffusers opens (export.py)
 
 Writes one PNG per picture and a grid per prompt, never over an existing file, and says where. Picture k depends
 on seed + k alone. Each PNG carries prompt and settings in its `parameters` text, where picture browsers look.
@@ -20,17 +21,23 @@ from torchvision.utils import make_grid
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int
 from diffusion import SAMPLERS, baab, sample
+from export import export_run
 from text_encoder import make_text_encoder
 from training import Progress, make_autocast, pick_device, png_bytes, run_script
 
 IMAGES_PER_BATCH = 32
 GRID_PICTURES = 100
 MAX_SEED = 2**63 - 1
+READ_BY_EXPORT = ("export", "run_dir", "ema", "text_encoder")
 
 
 def main():
     args = parse_args()
     run_dir = args.run_dir or newest_run()
+    if args.export is not None:
+        opener = export_run(args.export, run_dir, args.ema, args.text_encoder)
+        print(f"wrote {args.export} from {run_dir}: opens in diffusers' {opener}, as its README.md shows")
+        return
     device = pick_device()
     cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
     steps = args.steps or cfg.timesteps
@@ -72,7 +79,10 @@ def main():
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts, each in quotes")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="one or more prompts, each in quotes")
+    what.add_argument("--export", metavar="DIR", help="make no pictures, but a folder that diffusers opens; goes with "
+                      "--run_dir, --ema and --text_encoder")  # fmt: skip
     parser.add_argument("--num_images", type=positive_int, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument("--steps", type=positive_int, help="denoising steps, at most the T of training (default: T)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: ddpm)")
@@ -84,6 +94,9 @@ def parse_args():
     parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
     parser.add_argument("--out", help="folder for the pictures (default: <run_dir>/samples)")
     args = parser.parse_args()
+    for name, value in vars(args).items() if args.export is not None else ():
+        if name not in READ_BY_EXPORT and value != parser.get_default(name):
+            parser.error(f"--{name}: --export does not use it")
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
         parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")
     return args

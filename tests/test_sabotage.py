@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RESUME, FAULTS, DOWNLOAD = "test_resume.py", "test_faults.py", "test_download.py"
+RESUME, FAULTS, DOWNLOAD, EXPORT = "test_resume.py", "test_faults.py", "test_download.py", "test_export.py"
 STOPPED_VAE, STOPPED_UNET = "goes_on_to_the_same_bits and 15-2-vae", "goes_on_to_the_same_bits and 15-2-unet"
 
 # what is broken: (file, text, what stands there instead, test file, -k)
@@ -44,6 +44,8 @@ COPIES = {
     "names may climb": ("data.py", '".." not in parts', "True", FAULTS, "stay_in_the_folder"),
     "a half download has the name": ("download.py", 'f"{path}.part", ""', 'path, ""', DOWNLOAD, "download_stopped"),
     "a download is not decoded": ("download.py", "            check(part)\n", "", DOWNLOAD, "fault_that_stays and html"),
+    "half an export has the name": ("export.py", 'new = f"{folder}.{os.getpid()}.tmp"', "new = folder", EXPORT, "killed"),
+    "an export of other noise": ("export.py", '"fixed_large"', '"fixed_small"', EXPORT, "snippet and hash_run"),
 }  # fmt: skip
 
 
