@@ -20,7 +20,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from checkpoint import Run, load_vae
 from config import parse_training_args
 from data import choose_captions, fingerprint, open_dataset, read_pictures
-from diffusion import baab, held_out_losses, noise_prediction_loss, q_sample, sample
+from diffusion import (
+    add_noise,
+    configured_process,
+    draw_times,
+    drop_captions,
+    held_out_losses,
+    min_snr_weights,
+    prediction_loss,
+    sample,
+)
 from prepared import prepare
 from text_encoder import make_text_encoder
 from training import (
@@ -86,7 +95,7 @@ def main():
     parameters = [*unet.parameters(), *t_ember.parameters()]
     optimizer = make_optimizer(parameters, cfg)
     denoise, embed_t = in_parallel(unet, world), in_parallel(t_ember, world)
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
+    process = configured_process(cfg)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
     # ---- State ----
@@ -112,15 +121,16 @@ def main():
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             z = reparameterize(mu[index], log_var[index])  # drawn anew at each use, as if encoded again
-            t = torch.randint(cfg.timesteps, (len(z),)).to(device)
+            t = draw_times(len(z), cfg)
             noise = torch.randn_like(z)
-            prompts = choose_captions(captions, index)
+            prompts = drop_captions(choose_captions(captions, index), cfg.caption_dropout)
             mine, weight = share_of(len(z), world)  # everything above is drawn for the whole batch by every process
-            z_t = q_sample(z[mine], t[mine], noise[mine], alpha_bar)
+            z_t, target = add_noise(process, z[mine], t[mine], noise[mine])
             text_emb = text_encoder([prompts[i] for i in mine])
             with autocast():
-                eps = denoise(z_t, embed_t(t[mine]), text_emb)
-            loss = noise_prediction_loss(eps, noise[mine]).mean() * weight
+                out = denoise(z_t, embed_t(t[mine].to(device)), text_emb)
+            snr_weights = min_snr_weights(process, t[mine], cfg.min_snr_gamma).to(device)
+            loss = (snr_weights * prediction_loss(out, target)).mean() * weight
             grad_norm = backward(optimizer, loss, cfg.max_grad_norm)
             check_finite(loss, grad_norm, step, lr, run.last_saved)
             optimizer_step(optimizer, lr)
@@ -136,7 +146,7 @@ def main():
                 interrupts.saved(step)
 
         if world.rank == 0:
-            held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
+            held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, process, cfg)
             append_csv(
                 os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
             )
@@ -173,12 +183,12 @@ def encode_all(vae, pixels, about, device, cfg, what):
     return latents[:, 0].to(device), latents[:, 1].to(device)
 
 
-def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):
+def evaluate(unet, t_ember, text_encoder, held_out, captions, process, cfg):
     """Held-out loss at the same latents, noise and timesteps at every epoch."""
     seed_step(cfg.seed, 0)
     first_captions = [several[0] for several in captions]
     z = reparameterize(*held_out)
-    return held_out_losses(unet, t_ember, text_encoder, z, first_captions, alpha_bar, cfg.batch_size)[1].mean().item()
+    return held_out_losses(unet, t_ember, text_encoder, z, first_captions, process, cfg.batch_size)[1].mean().item()
 
 
 def log_training(run, step, loss, lr):
@@ -189,9 +199,8 @@ def log_training(run, step, loss, lr):
 def show_samples(unet, vae, t_ember, text_encoder, cfg, path):
     """A row per prompt, from the same noise at every epoch."""
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     images = sample(unet, vae, t_ember, text_encoder, prompts, cfg.timesteps, len(prompts),
-                    alpha_bar=alpha_bar, seeds=list(range(len(prompts))))  # fmt: skip
+                    process=configured_process(cfg), seeds=list(range(len(prompts))))  # fmt: skip
     save_grid(path, images, columns=SAMPLES_PER_PROMPT)
 
 
