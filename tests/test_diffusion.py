@@ -47,6 +47,7 @@ def test_the_schedule_is_the_recipes():
         product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 199)
     assert alpha_bar[-1].item() == pytest.approx(product, rel=1e-5) == pytest.approx(0.13218, abs=1e-5)
     torch.testing.assert_close(alpha, 1 - beta)
+    assert baab(dtype=torch.float64)[2][-1].item() == pytest.approx(product, rel=1e-12)  # samplers take 1 - alpha_bar
 
 
 def test_defaults_of_the_schedule_are_those_of_the_config():
