@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field, fields
 
 LARGEST = 10**9  # of any number whose range says nothing else: beyond it lie slips of the hand
+BETA_RANGE = ("beta_start", "beta_end", "scale_betas")  # settings of the linear schedule alone
 
 
 class UserError(Exception):
@@ -70,6 +71,21 @@ class SDConfig:
     timesteps: int = setting(200, "T, the number of noise levels", low=1, high=100_000)
     beta_start: float = setting(1e-4, "noise variance added by the first step", low=1e-9, high=0.999)
     beta_end: float = setting(0.02, "noise variance added by the last step", low=1e-9, high=0.999)
+    beta_schedule: str = setting("linear", "linear from beta_start to beta_end, or cosine, which needs neither",
+                                 choices=("linear", "cosine"))  # fmt: skip
+    scale_betas: bool = setting(
+        False, "multiply the linear betas by 1000 / T, so that little signal is left at the last step"
+    )
+    rescale_betas_zero_snr: bool = setting(False, "shift the schedule so that no signal is left at the last step")
+    prediction_type: str = setting("epsilon", "what the U-Net predicts: epsilon (the noise), v_prediction, or flow (flow "
+                                   "matching, which has no betas)", choices=("epsilon", "v_prediction", "flow"))  # fmt: skip
+    flow_times: str = setting("logit_normal", "times to train flow at: logit_normal (more in the middle) or uniform",
+                              choices=("logit_normal", "uniform"))  # fmt: skip
+    min_snr_gamma: float = setting(0.0, "signal-to-noise ratio above which a step's loss counts less (epsilon only); "
+                                   "0 = off", low=0)  # fmt: skip
+    caption_dropout: float = setting(
+        0.0, "share of captions replaced by the empty one, which guidance needs", low=0, high=1
+    )
 
     # training
     batch_size: int = setting(32, "pictures per optimizer step", low=1)
@@ -101,7 +117,7 @@ class SDConfig:
     def __post_init__(self):
         for f in fields(self):
             _check_range(f, getattr(self, f.name))
-        _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
+        self._check_diffusion()
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
                "leave out --ema_warmup")  # fmt: skip
         _check(self.time_dim % 8 == 0, "time_dim", f"{self.time_dim} is not a multiple of 8", "give one")
@@ -115,6 +131,26 @@ class SDConfig:
         factor = 2 ** (len(self.block_out_channels) + len(self.unet_block_out_channels) - 2)
         _check(self.image_size % factor == 0, "image_size", f"{self.image_size} cannot be halved by every level",
                f"give a multiple of {factor}")  # fmt: skip
+
+    def _check_diffusion(self):
+        """Settings that contradict each other or would not be read."""
+        _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
+        last = self.beta_end * (1000 / self.timesteps if self.scale_betas else 1)
+        _check(last < 1, "scale_betas", f"makes the last beta {last:.3g}, and it must be below 1",
+               f"give more than {1000 * self.beta_end:.0f} --timesteps, or leave the flag out")  # fmt: skip
+        flow, cosine = self.prediction_type == "flow", self.beta_schedule == "cosine"
+        unread = (*BETA_RANGE, "beta_schedule", "rescale_betas_zero_snr") if flow else BETA_RANGE if cosine else ()
+        for f in (f for f in fields(self) if f.name in unread):
+            _check(getattr(self, f.name) == f.default, f.name, f"{'flow matching' if flow else 'cosine'} does not use it",
+                   "leave it out")  # fmt: skip
+        _check(flow or self.flow_times == "logit_normal", "flow_times", "is read by flow alone",
+               "give --prediction_type flow, or leave it out")  # fmt: skip
+        _check(self.prediction_type == "epsilon" or self.min_snr_gamma == 0, "min_snr_gamma",
+               f"weighs the epsilon loss, not that of {self.prediction_type}", "leave it out")  # fmt: skip
+        if self.rescale_betas_zero_snr:
+            _check(self.prediction_type != "epsilon", "rescale_betas_zero_snr", "leaves no signal at the last step, where "
+                   "epsilon tells nothing about the picture", "give --prediction_type v_prediction")  # fmt: skip
+            _check(self.timesteps > 1, "rescale_betas_zero_snr", "needs two steps", "give more --timesteps")
 
     @property
     def latent_size(self):
@@ -256,7 +292,12 @@ def parse_training_args(description, stage, argv=None):
         _check(args.run_dir, "run_dir", "is empty", "give a folder")
         _check(args.preset == "coco" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
-        cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))
+        preset = PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {})
+        if given.get("prediction_type") == "flow" or given.get("beta_schedule") == "cosine" or given.get("scale_betas"):
+            preset = {
+                k: v for k, v in preset.items() if k not in BETA_RANGE
+            }  # what was asked for replaces the preset's
+        cfg = SDConfig(**(preset | given))
     except UserError as e:
         parser.exit(2, f"error: {printable(e)}\n")
     other = next(name for name in PRESETS if name != args.preset)

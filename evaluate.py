@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from checkpoint import load_models, newest_run, write_file
 from config import Parser, positive_int
 from data import Scenes, open_dataset, read_pictures
-from diffusion import baab, held_out_losses, sample
+from diffusion import configured_process, held_out_losses, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene
 from text_encoder import make_text_encoder
 from training import Progress, pick_device, run_script, save_grid, seed_step, show_progress, to_float
@@ -76,9 +76,9 @@ def denoising_losses(vae, unet, t_embedder, text_encoder, held_out, captions, cf
     with torch.no_grad():
         z = torch.cat([reparameterize(*vae.encode(to_float(x, device))) for x in held_out.split(BATCH)])
     first_captions = [several[0] for several in captions]
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
-    t, loss = held_out_losses(unet, t_embedder, text_encoder, z, first_captions, alpha_bar, BATCH)
-    bins = (t * LOSS_BINS // cfg.timesteps).cpu()
+    process = configured_process(cfg)
+    t, loss = held_out_losses(unet, t_embedder, text_encoder, z, first_captions, process, BATCH)
+    bins = t * LOSS_BINS // cfg.timesteps
     by_bin = [loss.cpu()[bins == b].mean().item() if (bins == b).any() else None for b in range(LOSS_BINS)]
     return {"mean": loss.mean().item(), "by_timestep": by_bin}
 
@@ -89,12 +89,11 @@ def prompt_accuracy(vae, unet, t_embedder, text_encoder, num_prompts, cfg, devic
     real = paint_scenes(REAL_SERIES, REAL_SCENES, cfg)
     real_labels = scene_labels(REAL_SERIES, REAL_SCENES)
     prompts = [full_caption(s.subject, s.colour, s.place) for s in scenes_of(PROMPT_SERIES, num_prompts)]
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     images, progress = [], Progress(len(prompts), "generate")
     for i in range(0, len(prompts), BATCH):
         part = prompts[i : i + BATCH]
         images.append(sample(unet, vae, t_embedder, text_encoder, part, cfg.timesteps, len(part),
-                             alpha_bar=alpha_bar, seeds=range(i, i + len(part))))  # fmt: skip
+                             process=configured_process(cfg), seeds=range(i, i + len(part))))  # fmt: skip
         progress.update(len(part))
     progress.close()
     return {

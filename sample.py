@@ -20,8 +20,9 @@ from torchvision.utils import make_grid
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int
-from diffusion import SAMPLERS, baab, sample
+from diffusion import configured_process, sample
 from export import export_run
+from samplers import SAMPLERS, choose_sampler
 from text_encoder import make_text_encoder
 from training import Progress, make_autocast, pick_device, png_bytes, run_script
 
@@ -41,13 +42,18 @@ def main():
     device = pick_device()
     cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
     steps = args.steps or cfg.timesteps
-    if steps > cfg.timesteps:
+    if steps > cfg.timesteps and cfg.prediction_type != "flow":
         print(f"error: --steps: {steps} is out of range; give 1 to {cfg.timesteps}", file=sys.stderr)
+        sys.exit(2)
+    process = configured_process(cfg)
+    try:
+        args.sampler = choose_sampler(cfg.prediction_type, args.sampler)
+    except ValueError as e:
+        print(f"error: --sampler: {e}", file=sys.stderr)
         sys.exit(2)
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     check_text_encoder(run_dir, text_encoder)
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     autocast = make_autocast(device, args.mixed_precision)
 
     out = args.out or os.path.join(run_dir, "samples")
@@ -59,7 +65,7 @@ def main():
             seeds = [args.seed + k for k in range(first, min(first + IMAGES_PER_BATCH, args.num_images))]
             with autocast():
                 x = sample(unet, vae, t_embedder, text_encoder, prompt, steps, len(seeds),
-                           alpha_bar=alpha_bar, sampler=args.sampler, seeds=seeds).float().cpu()  # fmt: skip
+                           process=process, sampler=args.sampler, seeds=seeds).cpu()  # fmt: skip
             for image, seed in zip(x, seeds):
                 if not image.isfinite().all():
                     raise UserError(f"{model_name}: gives values that are not numbers; train again with a lower --lr")
@@ -85,7 +91,8 @@ def parse_args():
                       "--run_dir, --ema and --text_encoder")  # fmt: skip
     parser.add_argument("--num_images", type=positive_int, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument("--steps", type=positive_int, help="denoising steps, at most the T of training (default: T)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: ddpm)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm, ddim or dpmpp_2m; for flow matching euler or heun "
+                        "(default: ddpm, euler)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
     parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"), default="auto",
                         help="bf16 autocast; auto: where the processor computes in it (default: auto)")  # fmt: skip

@@ -20,7 +20,16 @@ import torch
 from checkpoint import Run, load_vae
 from config import parse_training_args
 from data import choose_captions, fingerprint, number_captions, open_dataset, read_pictures
-from diffusion import baab, held_out_losses, noise_prediction_loss, q_sample, sample
+from diffusion import (
+    add_noise,
+    configured_process,
+    draw_times,
+    drop_captions,
+    held_out_losses,
+    min_snr_weights,
+    prediction_loss,
+    sample,
+)
 from prepared import prepare
 from text_encoder import make_text_encoder
 from training import (
@@ -94,7 +103,7 @@ def main():
     parameters = [*unet.parameters(), *t_ember.parameters()]
     optimizer = make_optimizer(parameters, cfg)
     denoise, embed_t = compiled(in_parallel(unet, world), cfg.compile), in_parallel(t_ember, world)
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(device)
+    process = configured_process(cfg)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
     # ---- State ----
@@ -120,17 +129,18 @@ def main():
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             z = reparameterize(mu[index], log_var[index])  # drawn anew at each use, as if encoded again
-            t = torch.randint(cfg.timesteps, (len(z),)).to(device)
+            t = draw_times(len(z), cfg)
             noise = torch.randn_like(z)
-            rows = choose_captions(first_rows, index)
+            rows = drop_captions(choose_captions(first_rows, index), first_rows[-1], cfg.caption_dropout)
+            snr_weights = min_snr_weights(process, t, cfg.min_snr_gamma).to(device)
             batch_loss = torch.zeros((), device=device)
             optimizer.zero_grad()
             for mine, weight in shares_of(len(z), world, cfg.grad_accumulation):  # all above is of the whole batch
-                z_t = q_sample(z[mine], t[mine], noise[mine], alpha_bar)
+                z_t, target = add_noise(process, z[mine], t[mine], noise[mine])
                 text_emb = embed_captions(rows[mine])
                 with autocast():
-                    eps = denoise(z_t, embed_t(t[mine]), text_emb)
-                loss = weight * noise_prediction_loss(eps, noise[mine]).mean()
+                    out = denoise(z_t, embed_t(t[mine].to(device)), text_emb)
+                loss = weight * (snr_weights[mine] * prediction_loss(out, target)).mean()
                 loss.backward()
                 batch_loss += loss.detach()
             batch_loss = average_over(batch_loss, world)
@@ -150,7 +160,7 @@ def main():
                 interrupts.saved(step)
 
         if world.rank == 0:
-            held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, alpha_bar, cfg)
+            held_out_loss = evaluate(unet, t_ember, text_encoder, held_out, held_out_captions, process, cfg)
             check_held_out(held_out_loss, step, run.last_saved)
             append_csv(
                 os.path.join(args.run_dir, "unet_held_out.csv"), {"epoch": epoch, "step": step, "loss": held_out_loss}
@@ -190,9 +200,11 @@ def encode_all(vae, pixels, about, device, cfg, what):
 def caption_embeddings(text_encoder, captions, about, device, cfg):
     """-> embed(rows): captions by their number (k,), counted through all pictures -> (k, L, text_dim) float32.
 
+    The number after the last is the empty caption's.
+
     Out of a prepared file, computed once; without --cache_dir computed at each use. Rounded to float16 either way.
     """
-    texts = [text for several in captions for text in several]
+    texts = [*(text for several in captions for text in several), ""]
     if not cfg.cache_dir:
         return lambda rows: text_encoder([texts[i] for i in rows]).half().float()
 
@@ -210,12 +222,12 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
     return lambda rows: embedded[rows].to(device, non_blocking=True).float()
 
 
-def evaluate(unet, t_ember, text_encoder, held_out, captions, alpha_bar, cfg):
+def evaluate(unet, t_ember, text_encoder, held_out, captions, process, cfg):
     """Held-out loss at the same latents, noise and timesteps at every epoch."""
     seed_step(cfg.seed, 0)
     first_captions = [several[0] for several in captions]
     z = reparameterize(*held_out)
-    return held_out_losses(unet, t_ember, text_encoder, z, first_captions, alpha_bar, cfg.batch_size)[1].mean().item()
+    return held_out_losses(unet, t_ember, text_encoder, z, first_captions, process, cfg.batch_size)[1].mean().item()
 
 
 def log_training(run, step, loss, lr):
@@ -226,10 +238,9 @@ def log_training(run, step, loss, lr):
 def show_samples(models, autocast, cfg, path):
     """A row per prompt, from the same noise at every epoch."""
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     with autocast():
         images = sample(*models, prompts, cfg.timesteps, len(prompts),
-                        alpha_bar=alpha_bar, seeds=list(range(len(prompts))))  # fmt: skip
+                        process=configured_process(cfg), seeds=list(range(len(prompts))))  # fmt: skip
     save_grid(path, images, columns=SAMPLES_PER_PROMPT)
 
 

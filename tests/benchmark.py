@@ -40,7 +40,8 @@ from test_models import randomize, their_unet, their_vae  # noqa: E402
 
 from config import PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
 from data import Pictures, read_pictures  # noqa: E402
-from diffusion import SAMPLERS, baab, noise_prediction_loss, q_sample, spaced_timesteps  # noqa: E402
+from diffusion import baab, make_process, prediction_loss, q_sample, sampling_grid, to_x0_eps  # noqa: E402
+from samplers import ddpm  # noqa: E402
 from training import (  # noqa: E402
     FiniteGuard,
     clip_gradients,
@@ -120,7 +121,7 @@ def bench_unet(device, rounds):
     def our_step():
         with autocast():
             eps = ours(z_t, t_ember(t), text_emb)
-        loss = noise_prediction_loss(eps, noise).mean()
+        loss = prediction_loss(eps, noise).mean()
         optimizer.zero_grad()
         loss.backward()
         guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
@@ -201,18 +202,18 @@ def bench_sample(device, rounds, steps=200):
     theirs = their_unet(cfg).to(device)
     theirs.load_state_dict(ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()})
     text_emb = torch.randn(4, cfg.text_length, cfg.text_dim, device=device)
-    z, alpha_bar = torch.randn(4, *ours.latent_shape, device=device), baab()[2]
+    z, (ts, a, b) = torch.randn(4, *ours.latent_shape, device=device), sampling_grid(make_process(), steps)
     scheduler = diffusers.DDPMScheduler(cfg.timesteps, cfg.beta_start, cfg.beta_end, "linear", variance_type="fixed_large",
                                         clip_sample=False)  # fmt: skip
     scheduler.set_timesteps(steps)
 
     def our_loop():
-        def predict_noise(z, t):
-            return ours(z, t_ember(torch.full((4,), t, device=device)), text_emb)
+        def denoise(z, i):
+            eps = ours(z, t_ember(torch.full((4,), ts[i].item(), device=device)), text_emb)
+            return to_x0_eps("epsilon", eps, z, a[i].item(), b[i].item())
 
-        ts = spaced_timesteps(steps, cfg.timesteps)
         with autocast():
-            SAMPLERS["ddpm"](predict_noise, z, ts, alpha_bar, lambda: torch.randn_like(z))
+            ddpm(denoise, z, a, b, lambda: torch.randn_like(z))
 
     def their_loop():
         x = z

@@ -227,9 +227,9 @@ def poison_step(step):
         calls.append(loss)
         return loss * float("nan") if len(calls) == step else loss
 
-    vae_loss, unet_loss = train_vae.vae_loss, train_unet.noise_prediction_loss
+    vae_loss, unet_loss = train_vae.vae_loss, train_unet.prediction_loss
     train_vae.vae_loss = lambda *a: (lambda loss, *rest: (poisoned(loss), *rest))(*vae_loss(*a))
-    train_unet.noise_prediction_loss = lambda *a: poisoned(unet_loss(*a))
+    train_unet.prediction_loss = lambda *a: poisoned(unet_loss(*a))
 
 
 def infinite_gradient(step):

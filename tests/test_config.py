@@ -12,7 +12,8 @@ from config import PRESETS, VAE_PRESETS, SDConfig, UserError, parse_training_arg
 RECIPE = {
     "image_size": 128, "max_images": 40_000, "latent_channels": 4, "block_out_channels": (64, 128, 256, 256),
     "beta": 1e-5, "batch_size": 32, "num_epochs": 15, "lr": 1e-4, "timesteps": 200, "beta_start": 1e-4,
-    "beta_end": 0.02, "weight_decay": 1e-4, "ema_decay": 0.9999, "lr_schedule": "cosine", "text_encoder": "clip",
+    "beta_end": 0.02, "beta_schedule": "linear", "scale_betas": False, "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon", "min_snr_gamma": 0.0, "caption_dropout": 0.0, "weight_decay": 1e-4, "ema_decay": 0.9999, "lr_schedule": "cosine", "text_encoder": "clip",
 }  # fmt: skip
 
 
@@ -93,6 +94,54 @@ def test_a_mistake_ends_in_one_line_and_code_2(argv, word, capsys):
         parse_training_args("", "unet", argv)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("settings, message", [
+    (ZERO_SNR | {"prediction_type": "epsilon"}, "--rescale_betas_zero_snr: .*v_prediction"),
+    (ZERO_SNR | {"timesteps": 1}, "--rescale_betas_zero_snr: .*two steps"),
+    ({"scale_betas": True, "timesteps": 20}, "--scale_betas: .*more than 20 --timesteps"),
+    ({"beta_schedule": "cosine", "beta_end": 0.1}, "--beta_end: cosine"),
+    ({"beta_schedule": "cosine", "scale_betas": True}, "--scale_betas: cosine"),
+    ({"prediction_type": "flow", "beta_start": 1e-3}, "--beta_start: flow"),
+    ({"prediction_type": "flow", "beta_schedule": "cosine"}, "--beta_schedule: flow"),
+    ({"prediction_type": "flow", "scale_betas": True}, "--scale_betas: flow"),
+    ({"prediction_type": "flow", "rescale_betas_zero_snr": True}, "--rescale_betas_zero_snr: flow"),
+    ({"prediction_type": "flow", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
+    ({"prediction_type": "v_prediction", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
+    ({"flow_times": "uniform"}, "--flow_times: .*--prediction_type flow"),
+    ({"caption_dropout": 1.5}, "--caption_dropout"),
+])  # fmt: skip
+def test_diffusion_settings_that_make_no_sense_together_are_refused(settings, message):
+    """The message names the flag and what to do."""
+    with pytest.raises(UserError, match=message) as e:
+        SDConfig(**settings)
+    assert ";" in str(e.value)
+
+
+@pytest.mark.parametrize("settings", [
+    ZERO_SNR, ZERO_SNR | {"beta_schedule": "cosine"}, {"scale_betas": True}, {"scale_betas": True, "timesteps": 1000},
+    {"prediction_type": "v_prediction"}, {"prediction_type": "flow", "flow_times": "uniform"}, {"min_snr_gamma": 5.0},
+])  # fmt: skip
+def test_diffusion_settings_that_go_together(settings):
+    SDConfig(**settings)
+
+
+@pytest.mark.parametrize("argv, betas", [
+    ([], (5e-4, 0.1)),
+    (["--beta_schedule", "cosine"], (1e-4, 0.02)),
+    (["--prediction_type", "flow"], (1e-4, 0.02)),
+    (["--scale_betas"], (1e-4, 0.02)),  # not scaled twice: the demo's own are scaled already
+    (["--prediction_type", "v_prediction"], (5e-4, 0.1)),
+])  # fmt: skip
+def test_a_schedule_asked_for_replaces_that_of_the_preset(argv, betas):
+    """Else every one of these would need --beta_start and --beta_end too, beside --preset demo."""
+    cfg = parse_training_args("", "unet", ["--preset", "demo", *argv])[0]
+    assert (cfg.beta_start, cfg.beta_end) == betas
+    with pytest.raises(SystemExit):
+        parse_training_args("", "unet", ["--preset", "demo", "--prediction_type", "flow", "--beta_end", "0.1"])
 
 
 def test_settings_are_checked_in_python_too():

@@ -1,19 +1,37 @@
-"""Promises of diffusion.py: the schedule of the recipe, the paper's formulas, the sampler of diffusers."""
+"""Promises of diffusion.py: schedules, targets and weights as in the papers and in diffusers; guidance; sample().
+
+The samplers have their own file, test_samplers.py.
+"""
+
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY, assert_one_line_error, flags
 from diffusers import DDPMScheduler
 
+import diffusion
 from config import SDConfig
 from diffusion import (
+    add_noise,
     baab,
-    ddpm,
+    configured_process,
+    draw_times,
+    drop_captions,
+    fitted_start,
+    guided_denoiser,
     held_out_losses,
-    noise_prediction_loss,
+    levels,
+    make_process,
+    min_snr_weights,
     noise_source,
+    prediction_loss,
     q_sample,
     sample,
+    sampling_grid,
     spaced_timesteps,
+    to_x0_eps,
 )
 from text_encoder import WordHashTextEncoder
 from unet import TimeEmbedding, UNetLatent
@@ -29,6 +47,7 @@ def test_the_schedule_is_the_recipes():
         product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 199)
     assert alpha_bar[-1].item() == pytest.approx(product, rel=1e-5) == pytest.approx(0.13218, abs=1e-5)
     torch.testing.assert_close(alpha, 1 - beta)
+    assert baab(dtype=torch.float64)[2][-1].item() == pytest.approx(product, rel=1e-12)  # samplers take 1 - alpha_bar
 
 
 def test_defaults_of_the_schedule_are_those_of_the_config():
@@ -37,78 +56,149 @@ def test_defaults_of_the_schedule_are_those_of_the_config():
     torch.testing.assert_close(baab(), baab(cfg.timesteps, cfg.beta_start, cfg.beta_end), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("settings, theirs", [
+    ({}, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+    ({"scale_betas": True}, {"beta_schedule": "linear", "beta_start": 5e-4, "beta_end": 0.1}),
+    ({"beta_schedule": "cosine"}, {"beta_schedule": "squaredcos_cap_v2"}),
+    ({"rescale_betas_zero_snr": True},
+     {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "rescale_betas_zero_snr": True}),
+    ({"beta_schedule": "cosine", "rescale_betas_zero_snr": True},
+     {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}),
+])  # fmt: skip
+def test_schedules_equal_those_of_diffusers(settings, theirs):
+    """Its tables are in single precision, hence the tolerance."""
+    ours = baab(200, **settings)[0]
+    torch.testing.assert_close(ours, DDPMScheduler(200, **theirs).betas, rtol=1e-4, atol=1e-6)
+
+
+def test_signal_left_at_the_last_step():
+    """The reason for the other schedules: from the recipe's 0.132 to 3e-5, 6e-8 and exactly nothing."""
+    last = [baab(200, dtype=torch.float64, **s)[2][-1].item() for s in
+            ({"scale_betas": True}, {"beta_schedule": "cosine"}, {"rescale_betas_zero_snr": True})]  # fmt: skip
+    assert last == [pytest.approx(3.03e-5, rel=0.01), pytest.approx(6.1e-8, rel=0.01), 0.0]
+    assert baab(200, rescale_betas_zero_snr=True)[2][0] == baab()[2][0]
+
+
+def test_a_configs_process_has_every_setting_of_its_schedule():
+    for settings in ({"scale_betas": True}, {"beta_schedule": "cosine"}, {"beta_start": 1e-3, "beta_end": 0.05},
+                     {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}):  # fmt: skip
+        schedule = {k: v for k, v in settings.items() if k != "prediction_type"}
+        process = configured_process(SDConfig(timesteps=100, **settings))
+        assert torch.equal(process.alpha_bar, baab(100, dtype=torch.float64, **schedule)[2])
+        assert process.prediction_type == settings.get("prediction_type", "epsilon")
+    assert configured_process(SDConfig(prediction_type="flow")) == ("flow", 200, None)
+
+
+def test_epsilon_without_signal_is_refused():
+    with pytest.raises(ValueError, match="v_prediction"):
+        make_process("epsilon", rescale_betas_zero_snr=True)
+
+
 def test_q_sample_equals_diffusers():
     x0, noise, t = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 50, 120, 199])
     scheduler = DDPMScheduler(200, beta_start=1e-4, beta_end=0.02)
     torch.testing.assert_close(q_sample(x0, t, noise, baab()[2]), scheduler.add_noise(x0, noise, t))
 
 
-def test_the_loss_of_the_best_white_gaussian_predictor():
-    """Closed form: for x0 ~ N(0, s^2) the least noise-prediction error at t is ab s^2 / (ab s^2 + 1 - ab).
+def test_targets_equal_those_of_diffusers():
+    x0, noise, t = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 50, 120, 199])
+    scheduler = DDPMScheduler(200, beta_start=1e-4, beta_end=0.02)
+    z_t, target = add_noise(make_process("v_prediction"), x0, t, noise)
+    torch.testing.assert_close(target, scheduler.get_velocity(x0, noise, t))
+    torch.testing.assert_close(z_t, q_sample(x0, t, noise, baab()[2]))
+    assert torch.equal(add_noise(make_process(), x0, t, noise)[1], noise)
 
-    Averaged over the recipe's schedule with s = 0.908 that is 0.5624: what a model must beat to have learned anything.
+
+def test_flow_is_a_straight_line_from_data_to_noise():
+    """z = (1 - s) x0 + s eps with s = t / T, and the target is its slope (Lipman et al., Liu et al.)."""
+    process, x0, noise = make_process("flow", 1000), torch.randn(3, 5), torch.randn(3, 5)
+    z_t, target = add_noise(process, x0, torch.tensor([1e-9, 250.0, 1000.0]), noise)
+    torch.testing.assert_close(z_t, torch.stack([x0[0], 0.75 * x0[1] + 0.25 * noise[1], noise[2]]))
+    torch.testing.assert_close(target, noise - x0)
+
+
+@pytest.mark.parametrize("process", [
+    make_process(), make_process("v_prediction", rescale_betas_zero_snr=True), make_process("flow")
+], ids=lambda p: p.prediction_type)  # fmt: skip
+def test_what_is_predicted_leads_back_to_x0_and_noise(process):
+    """At every level that sampling visits, from the first, where two of them hold no signal at all."""
+    x0, noise = torch.randn(2, 20, 5, dtype=torch.float64)
+    t, a, b = sampling_grid(process, 20)
+    z_t, target = add_noise(process, x0, t, noise)
+    for i in range(20):
+        found = to_x0_eps(process.prediction_type, target[i], z_t[i], a[i].item(), b[i].item())
+        torch.testing.assert_close(torch.stack(found), torch.stack([x0[i], noise[i]]))
+
+
+@pytest.mark.parametrize("process, flow_times, bound", [
+    (make_process(), None, 0.5624),
+    (make_process(scale_betas=True), None, 0.2581),
+    (make_process("epsilon", beta_schedule="cosine"), None, 0.4693),
+    (make_process("v_prediction"), None, 0.9232),
+    (make_process("v_prediction", rescale_betas_zero_snr=True), None, 0.9005),
+    (make_process("flow"), "uniform", 1.426),
+    (make_process("flow"), "logit_normal", 1.579),
+])  # fmt: skip
+def test_the_loss_of_the_best_white_gaussian_predictor(process, flow_times, bound):
+    """Latents N(0, s^2) with s = 0.908 and all that can be told from z alone, over the times that training draws.
+
+    The recipe's 0.5624 is what a model must beat to have learned anything. Losses of different targets and schedules
+    do not compare, each has its own bound.
     """
-    torch.manual_seed(0)
-    s, alpha_bar = 0.908, baab()[2]
-    x0, t = s * torch.randn(2000, 64), torch.arange(2000) % 200
-    noise = torch.randn_like(x0)
-    ab = alpha_bar[t, None]
-    eps = q_sample(x0, t, noise, alpha_bar) * (1 - ab).sqrt() / (ab * s**2 + 1 - ab)
-    assert noise_prediction_loss(eps, noise).mean().item() == pytest.approx(0.5624, abs=0.005)
+    s, count = 0.908, 40_000
+    cfg = SimpleNamespace(prediction_type=process.prediction_type, timesteps=200, flow_times=flow_times)
+    t, x0, noise = draw_times(count, cfg), s * torch.randn(count, 16), torch.randn(count, 16)
+    z_t, target = add_noise(process, x0, t, noise)
+    a, b = (c.float()[:, None] for c in levels(process, t))
+    x0_hat, eps_hat = (g * z_t / (a**2 * s**2 + b**2) for g in (a * s**2, b))
+    out = {"epsilon": eps_hat, "v_prediction": a * eps_hat - b * x0_hat, "flow": eps_hat - x0_hat}
+    loss = prediction_loss(out[process.prediction_type], target)
+    assert loss.shape == (count,) and loss.mean().item() == pytest.approx(bound, rel=0.01)
 
 
-@pytest.mark.parametrize("num_steps", [200, 50, 10])
-def test_ddpm_equals_diffusers_with_the_same_noise(num_steps):
-    """fixed_large is sigma_t^2 = beta_t; trailing spacing keeps the last training step.
-
-    Compared at every step, and at the end for 200 steps: with fewer, diffusers adds noise after the last step too.
-    """
-    scheduler = DDPMScheduler(200, beta_start=1e-4, beta_end=0.02, variance_type="fixed_large", clip_sample=False,
-                              timestep_spacing="trailing", steps_offset=0)  # fmt: skip
-    scheduler.set_timesteps(num_steps)
-    # its coefficients take differences of numbers near 1, which in single precision costs 1e-4 in the last steps
-    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)
-    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
-    weight, alpha_bar = torch.randn(4, 4) / 4, baab()[2]
-    ts = spaced_timesteps(num_steps, 200)
-    assert ts.tolist() == scheduler.timesteps.tolist()
-    start, path = torch.randn(2, 4, 8, 8), []
-
-    def predict_noise(z, t):
-        """The ideal predictor of white latents plus something that mixes channels, so that z stays of order 1."""
-        path.append(z)
-        return z * (1 - alpha_bar[t]).sqrt() + 0.2 * torch.tanh(torch.einsum("bchw,dc->bdhw", z, weight))
-
-    theirs, generator = start, torch.Generator().manual_seed(2)
-    for t in scheduler.timesteps:
-        theirs = scheduler.step(predict_noise(theirs, t.item()), t, theirs, generator=generator).prev_sample
-    generator = torch.Generator().manual_seed(2)
-    ours = ddpm(predict_noise, start, ts, alpha_bar, lambda: torch.randn(start.shape, generator=generator))
-
-    difference = (torch.stack(path[:num_steps]) - torch.stack(path[num_steps:])).abs().max()
-    assert difference <= 1e-4 and torch.stack(path).std() < 2
-    assert num_steps < 200 or (ours - theirs).abs().max() <= 1e-4
+def test_times_to_train_at():
+    """All integers 0 .. T-1, or floats in (0, T]: uniform, or with the quartiles of a logit-normal in the middle."""
+    cfg = SDConfig(timesteps=10)
+    assert draw_times(500, cfg).unique().tolist() == list(range(10))
+    for kind, quartiles in (
+        ("uniform", [2.5, 5, 7.5]),
+        ("logit_normal", [3.375, 5, 6.625]),
+    ):  # sigmoid(0.6745) = 0.6625
+        t = draw_times(40_000, SDConfig(timesteps=10, prediction_type="flow", flow_times=kind))
+        assert t.min() > 0 and t.max() <= 10
+        torch.testing.assert_close(
+            t.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor(quartiles), rtol=0, atol=0.1
+        )
 
 
-def test_ddpm_with_the_ideal_denoiser_gives_the_data():
-    """Gaussian data N(0, s^2) and its exact noise predictor: samples have the data's variance."""
-    s, alpha_bar = 0.9, baab(200, 5e-4, 0.1)[2]
-    generator = torch.Generator().manual_seed(0)
+def test_min_snr_weights_are_the_papers():
+    """min(SNR, 5) / SNR for the epsilon loss: 1 where noise dominates, 5 / SNR where it does not; 1 when switched off."""
+    process, t = make_process(), torch.arange(200)
+    snr = process.alpha_bar / (1 - process.alpha_bar)
+    torch.testing.assert_close(min_snr_weights(process, t, 5.0), (snr.clamp(max=5.0) / snr).float())
+    assert torch.equal(min_snr_weights(process, t, 0.0), torch.ones(200))
 
-    def predict_noise(z, t):
-        return z * (1 - alpha_bar[t]).sqrt() / (alpha_bar[t] * s**2 + 1 - alpha_bar[t])
 
-    z = torch.randn(50_000, 1, generator=generator)
-    x0 = ddpm(
-        predict_noise, z, spaced_timesteps(200, 200), alpha_bar, lambda: torch.randn(z.shape, generator=generator)
-    )
-    assert x0.std().item() == pytest.approx(s, rel=0.02) and abs(x0.mean().item()) < 0.02
+def test_captions_are_dropped_at_the_rate_asked_for():
+    rows, empty = torch.arange(5000), torch.tensor(5000)
+    kept = drop_captions(rows, empty, 0.1)
+    assert set(kept[kept != rows].tolist()) == {5000} and 400 < (kept == empty).sum() < 600
+    assert torch.equal(drop_captions(rows, empty, 0.0), rows)
 
 
 @pytest.mark.parametrize("num_steps", [0, 201, -1])
 def test_steps_out_of_range_are_refused(num_steps):
     with pytest.raises(ValueError, match="1 to 200"):
         spaced_timesteps(num_steps, 200)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 50, 200])
+def test_sampling_starts_at_the_last_training_step_and_ends_clean(num_steps):
+    for process in (make_process(), make_process("flow")):
+        t, a, b = sampling_grid(process, num_steps)
+        assert t[0] == (200 if process.prediction_type == "flow" else 199) and len(t) == num_steps
+        assert (a[-1], b[-1]) == (1, 0) and a.dtype == torch.float64 and (b.diff() < 0).all()
+    assert t[-1].item() == pytest.approx(200 / num_steps)
 
 
 @pytest.fixture
@@ -120,8 +210,8 @@ def models(tiny):
 
 
 def test_an_image_depends_on_its_seed_not_on_its_batch(models):
-    alone = sample(*models, "a red bus", 5, 1, alpha_bar=baab(20)[2], seeds=[7])
-    batch = sample(*models, ["a cat", "a red bus", "a dog"], 5, 3, alpha_bar=baab(20)[2], seeds=[3, 7, 9])
+    alone = sample(*models, "a red bus", 5, 1, process=make_process("epsilon", 20), seeds=[7])
+    batch = sample(*models, ["a cat", "a red bus", "a dog"], 5, 3, process=make_process("epsilon", 20), seeds=[3, 7, 9])
     assert (alone[0] - batch[1]).abs().max() < 1e-5
     assert (batch[0] - batch[1]).abs().max() > 1e-3
 
@@ -141,7 +231,145 @@ def test_held_out_losses_spread_the_timesteps(models, tiny):
     unet, _, t_ember, encoder = models
     z = torch.randn(10, *unet.latent_shape)
     torch.manual_seed(0)
-    t, loss = held_out_losses(unet, t_ember, encoder, z, ["a cat"] * 10, baab(20)[2], batch_size=10)
+    t, loss = held_out_losses(unet, t_ember, encoder, z, ["a cat"] * 10, make_process("epsilon", 20), 10)
     assert t.tolist() == list(range(0, 20, 2)) and loss.shape == (10,)
     torch.manual_seed(0)
-    assert torch.equal(loss, held_out_losses(unet, t_ember, encoder, z, ["a cat"] * 10, baab(20)[2], batch_size=10)[1])
+    assert torch.equal(
+        loss, held_out_losses(unet, t_ember, encoder, z, ["a cat"] * 10, make_process("epsilon", 20), 10)[1]
+    )
+    t, _ = held_out_losses(unet, t_ember, encoder, z, ["a cat"] * 10, make_process("flow", 20), 10)
+    assert t.tolist() == list(range(1, 21, 2))
+
+
+class CountingUNet(torch.nn.Module):
+    """Says the caption's number, less what z and t say; remembers the size of each batch it is asked."""
+
+    latent_shape = (1, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked = torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, z, t_emb, text_emb):
+        self.asked.append(len(z))
+        return text_emb.view(-1, 1, 1, 1) - 0.1 * z - 0.01 * t_emb.view(-1, 1, 1, 1)
+
+
+def denoiser(unet, num_steps=4, **guidance):
+    """Captions are numbers here, the empty one is 0."""
+
+    def encode(prompts):
+        return torch.tensor([float(p or 0) for p in prompts])[:, None, None]
+
+    process = make_process()
+    t, a, b = sampling_grid(process, num_steps)
+    return guided_denoiser(unet, lambda t: t[:, None], encode, ["1", "2"], process, t, **guidance), t
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("negative", ["", "-5"])
+def test_guidance_is_uncond_plus_w_times_the_difference(w, negative):
+    """One batched call per step; the negative prompt stands where the empty caption was."""
+    unet, z = CountingUNet(), torch.randn(2, 1, 4, 4)
+    denoise, t = denoiser(unet, scale=w, negative_prompt=negative)
+    cond, uncond = (
+        c.view(-1, 1, 1, 1) - 0.1 * z - 0.01 * t[1]
+        for c in (torch.tensor([1.0, 2.0]), torch.tensor([float(negative or 0)]))
+    )
+    torch.testing.assert_close(denoise(z, 1)[1], uncond + w * (cond - uncond))
+    assert unet.asked == [4]
+
+
+def test_a_scale_of_1_is_one_unguided_call():
+    unet, z = CountingUNet(), torch.randn(2, 1, 4, 4)
+    denoise, t = denoiser(unet)
+    expected = torch.tensor([1.0, 2.0]).view(-1, 1, 1, 1) - 0.1 * z - 0.01 * t[0]
+    torch.testing.assert_close(denoise(z, 0)[1], expected)
+    assert unet.asked == [2]
+
+
+@pytest.mark.parametrize("interval, sizes", [
+    ((0.0, 1.0), [4, 4, 4, 4]), ((0.0, 0.5), [2, 2, 4, 4]), ((0.5, 0.75), [2, 4, 4, 2]), ((0.8, 1.0), [4, 2, 2, 2]),
+])  # fmt: skip
+def test_guidance_acts_within_its_interval_alone(interval, sizes):
+    """Four steps at the noise levels 1, 3/4, 1/2, 1/4 of the schedule."""
+    unet = CountingUNet()
+    denoise, _ = denoiser(unet, scale=2.0, interval=interval)
+    for i in range(4):
+        denoise(torch.zeros(2, 1, 4, 4), i)
+    assert unet.asked == sizes
+
+
+@pytest.mark.parametrize("wrong, word", [
+    ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"), ({"guidance_interval": (0, 2)}, "guidance_interval"),
+    ({"negative_prompt": "blurry"}, "guidance_scale"), ({"eta": 0.5}, "eta"), ({"sampler": "ddim", "eta": 2}, "eta"),
+    ({"sampler": "euler"}, "ddpm, ddim, dpmpp_2m"), ({"sampler": "ddim", "process": make_process("flow")}, "euler, heun"),
+    ({"size": (32, 31)}, "multiples"), ({"seeds": [1]}, "2 samples"),
+])  # fmt: skip
+def test_arguments_of_sample_that_make_no_sense_are_refused(models, wrong, word):
+    with pytest.raises(ValueError, match=word):
+        sample(*models, "a cat", 2, 2, **wrong)
+
+
+@pytest.mark.parametrize("name, process", [
+    ("ddim", make_process("epsilon", 20)), ("dpmpp_2m", make_process("epsilon", 20)),
+    ("ddpm", make_process("v_prediction", 20, rescale_betas_zero_snr=True)),
+    ("euler", make_process("flow", 20)), ("heun", make_process("flow", 20)),
+])  # fmt: skip
+def test_samples_of_any_shape_guided_by_every_sampler(models, tiny, name, process):
+    """Height and width need not be those of training, nor equal; a seed's picture still depends on nothing else."""
+    options = dict(process=process, sampler=name, guidance_scale=2.0, negative_prompt="a dog", size=(32, 48))
+    x = sample(*models, ["a cat", "a red bus"], 4, 2, seeds=[3, 4], **options)
+    assert x.shape == (2, 3, 32, 48) and x.isfinite().all() and x.min() >= 0 and x.max() <= 1
+    assert (x[1:] - sample(*models, "a red bus", 4, 1, seeds=[4], **options)).abs().max() < 1e-4
+
+
+def test_pictures_are_decoded_a_bounded_number_of_pixels_at_a_time(models, monkeypatch):
+    whole = sample(*models, "a cat", 2, 5, seeds=range(5))
+    sizes, decoder = [], models[1].decoder
+    monkeypatch.setattr(diffusion, "DECODED_PIXELS", 2 * 32 * 32)
+    decoder.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    torch.testing.assert_close(sample(*models, "a cat", 2, 5, seeds=range(5)), whole)
+    assert sizes == [2, 2, 1]
+
+
+def test_the_fitted_start_is_where_the_forward_process_ends():
+    """Mean and covariance of z_T from noise, against those of a x0 + b eps."""
+    process, (a, b) = make_process(), (0.13218**0.5, (1 - 0.13218) ** 0.5)
+    mean, root = torch.randn(6), torch.randn(6, 3)  # of rank 3, as from few pictures
+    covariance = root @ root.T
+    z = fitted_start(mean, covariance, process)(torch.randn(200_000, 1, 2, 3))
+    assert z.shape == (200_000, 1, 2, 3) and z.dtype == torch.float32
+    expected = a**2 * covariance + b**2 * torch.eye(6)
+    torch.testing.assert_close(z.flatten(1).mean(dim=0), a * mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(z.flatten(1).T.cov(), expected, rtol=0.03, atol=0.03)
+
+
+def test_sample_starts_where_it_is_told(models):
+    shape = models[0].latent_shape
+    d = shape[0] * shape[1] * shape[2]
+    start = fitted_start(torch.full((d,), 3.0), torch.eye(d), make_process())
+    shifted, plain = (sample(*models, "a cat", 2, 1, seeds=[0], start=s) for s in (start, None))
+    assert (shifted - plain).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="fitted start"):
+        sample(*models, "a cat", 2, 1, start=start, size=(64, 64))
+
+
+@pytest.mark.parametrize("settings, sampler", [
+    ({"prediction_type": "flow", "flow_times": "uniform", "caption_dropout": 0.5}, "heun"),
+    ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "dpmpp_2m"),
+    ({"beta_schedule": "cosine", "min_snr_gamma": 5.0}, "ddim"),
+], ids=lambda x: x.get("prediction_type", "epsilon") if isinstance(x, dict) else x)  # fmt: skip
+def test_every_target_trains_and_makes_pictures(tiny_run, tmp_path, run_here, settings, sampler):
+    """Through the scripts: the process of a run is in its settings, and sample.py goes by it."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    command = ["--preset", "demo", "--run_dir", "run", "--overwrite", "--max_steps", 2, *flags(TINY | settings)]
+    trained = run_here("train_unet.py", *command, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    shown = ["--run_dir", "run", "--prompt", "a red car", "--num_images", 1, "--steps", 3, "--out", "out"]
+    for extra in ([], ["--sampler", sampler]):
+        result = run_here("sample.py", *shown, *extra, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert f"Sampler: {sampler.upper()}" in (tmp_path / "out" / "a-red-car_seed0_2.png").read_bytes().decode("latin-1")
+    wrong = run_here("sample.py", *shown, "--sampler", "ddpm" if "flow" in settings.values() else "euler", cwd=tmp_path)
+    assert_one_line_error(wrong, 2, "--sampler", "choose from")

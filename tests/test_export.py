@@ -22,7 +22,7 @@ from test_models import randomize
 import export
 from checkpoint import Run, load_models
 from config import SDConfig
-from diffusion import baab, sample
+from diffusion import configured_process, sample
 from text_encoder import ClipTextEncoder, make_text_encoder
 from training import World, append_csv
 from unet import TimeEmbedding, UNetLatent
@@ -142,9 +142,10 @@ def test_the_pipeline_gives_our_pictures_from_our_noise(clip_run, scale):
     cfg, _, vae, unet, t_embedder = load_models(str(clip_run / "run"), False, CPU)
     encoder = ClipTextEncoder(cfg.text_encoder)
     prompts = [PROMPT, "a photo of a cat " * 20]  # the second is cut at 77 tokens, here and there
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
     denoiser = unet if scale == 1 else Guided(unet, encoder([""]), scale)
-    ours = sample(denoiser, vae, t_embedder, encoder, prompts, cfg.timesteps, 2, alpha_bar=alpha_bar, seeds=[5, 6])
+    ours = sample(
+        denoiser, vae, t_embedder, encoder, prompts, cfg.timesteps, 2, process=configured_process(cfg), seeds=[5, 6]
+    )
     theirs = open_pipeline(clip_run / "out")(prompts, num_inference_steps=cfg.timesteps, guidance_scale=scale,
                                             generator=generators([5, 6]), output_type="pt").images  # fmt: skip
     inside = (ours > 0.02) & (ours < 0.98)
@@ -204,8 +205,7 @@ def test_the_cards_snippet_gives_the_picture_of_sample(kind, request):
     assert result.returncode == 0, result.stderr
     cfg, _, vae, unet, t_embedder = load_models(str(cwd / "run"), False, CPU)
     encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length)
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
-    ours = sample(unet, vae, t_embedder, encoder, PROMPT, cfg.timesteps, 1, alpha_bar=alpha_bar, seeds=[0])
+    ours = sample(unet, vae, t_embedder, encoder, PROMPT, cfg.timesteps, 1, process=configured_process(cfg), seeds=[0])
     with Image.open(cwd / "out/picture.png") as image:
         theirs = torch.tensor(list(image.convert("RGB").tobytes())).view(cfg.image_size, cfg.image_size, 3)
     (cwd / "out/picture.png").unlink()
