@@ -53,6 +53,15 @@ class SDConfig:
     layers_per_block: int = setting(2, "VAE resnets per level", low=1)
     norm_num_groups: int = setting(32, "groups of the VAE's GroupNorms; divides its channel counts", low=1)
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", low=0)
+    l1_weight: float = setting(0.0, "weight of the L1 reconstruction term; 0 = off", low=0)
+    ms_ssim_weight: float = setting(0.0, "weight of the MS-SSIM reconstruction term; 0 = off", low=0)
+    equivariance: float = setting(0.0, "share of the steps in which turned or halved latents must decode to equally turned "
+                                  "or halved pictures (EQ-VAE); 0 = off, 0.5 = half of them", low=0, high=1)  # fmt: skip
+
+    normalize_latents: bool = setting(False, "shift and scale each latent channel to mean 0 and variance 1, by what is "
+                                      "measured on the training pictures when the VAE is trained")  # fmt: skip
+    finetune_decoder_of: str = setting("", "run directory whose finished VAE train_vae.py goes on with: the decoder alone, so "
+                                       "that its U-Net stays valid (sample.py --vae); '' = a new VAE")  # fmt: skip
 
     # U-Net
     unet_block_out_channels: tuple[int, ...] = setting((128, 176, 224), "U-Net channels per level", low=1)
@@ -110,6 +119,15 @@ class SDConfig:
         factor = 2 ** (len(self.block_out_channels) + len(self.unet_block_out_channels) - 2)
         _check(self.image_size % factor == 0, "image_size", f"{self.image_size} cannot be halved by every level",
                f"give a multiple of {factor}")  # fmt: skip
+
+        _check(self.equivariance == 0 or self.latent_size % 2 == 0, "equivariance",
+               f"needs latents that can be halved, these are {self.latent_size} wide",
+               f"give --image_size a multiple of {2 * self.image_size // self.latent_size}")  # fmt: skip
+        _check(not (self.equivariance and self.finetune_decoder_of), "equivariance",
+               "shapes the latents, which finetuning the decoder leaves as they are", "give one of the two")  # fmt: skip
+        smallest = self.image_size // (2 if self.equivariance else 1)  # picture that the loss sees
+        _check(self.ms_ssim_weight == 0 or smallest >= 11, "ms_ssim_weight",
+               f"its window is 11 pixels wide, the smallest picture {smallest}", "give a larger --image_size, or 0")  # fmt: skip
 
     @property
     def latent_size(self):
@@ -251,6 +269,10 @@ def parse_training_args(description, stage, argv=None):
         _check(args.preset == "coco" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))
+        _check(stage == "vae" or not cfg.finetune_decoder_of, "finetune_decoder_of", "is a flag of train_vae.py",
+               "leave it out: a U-Net of that VAE stays valid as it is")  # fmt: skip
+        _check(not cfg.finetune_decoder_of or os.path.realpath(cfg.finetune_decoder_of) != os.path.realpath(args.run_dir),
+               "run_dir", "holds the VAE to be finetuned, which must stay as it is", "give another folder")  # fmt: skip
     except UserError as e:
         parser.exit(2, f"error: {printable(e)}\n")
     other = next(name for name in PRESETS if name != args.preset)

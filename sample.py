@@ -18,7 +18,7 @@ from PIL import PngImagePlugin
 from torchvision.utils import make_grid
 
 from checkpoint import load_models, newest_run, write_file
-from config import Parser, UserError, positive_int
+from config import Parser, UserError, positive_int, printable
 from diffusion import SAMPLERS, baab, sample
 from text_encoder import make_text_encoder
 from training import Progress, pick_device, png_bytes, run_script
@@ -31,7 +31,8 @@ def main():
     args = parse_args()
     run_dir = args.run_dir or newest_run()
     device = pick_device()
-    cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
+    cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device, args.vae)
+    model_name += f", VAE: {printable(args.vae)}" if args.vae else ""
     steps = args.steps or cfg.timesteps
     if steps > cfg.timesteps:
         print(f"error: --steps: {steps} is out of range; give 1 to {cfg.timesteps}", file=sys.stderr)
@@ -76,6 +77,8 @@ def parse_args():
     parser.add_argument("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
     parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
     parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
+    parser.add_argument("--vae", metavar="RUN_DIR", help="decode with the VAE of another run, whose encoder must be the same: "
+                        "one of train_vae.py --finetune_decoder_of")  # fmt: skip
     parser.add_argument("--out", help="folder for the pictures (default: <run_dir>/samples)")
     args = parser.parse_args()
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
