@@ -37,9 +37,16 @@ class SDConfig:
     data_root: str = setting("data/coco", "folder of the data set: train2017/, val2017/ and annotations/ for coco; "
                              "pictures with captions for folder; not used by scenes", free=True)  # fmt: skip
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
-    max_images: int = setting(40_000, "training pictures: a fixed subset of what is there", low=1)
+    max_images: int = setting(
+        40_000, "training pictures: a fixed subset of what is there, or all if there are no more", low=1
+    )
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
+    random_crop: int = setting(0, "pixels by which train_vae.py has its training pictures larger, to crop them at random at "
+                               "each step; 0 = off", low=0)  # fmt: skip
+    horizontal_flips: bool = setting(False, "mirror half of the training pictures of a step; not for captions that say left "
+                                     "and right")  # fmt: skip
+    captions_per_image: int = setting(0, "captions of a picture that are used, the first so many; 0 = all", low=0)
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
     cache_dir: str = setting("data/prepared", "where decoded pictures and latents are kept for the next run; '' = in memory "
                              "only", free=True)  # fmt: skip
@@ -120,6 +127,8 @@ class SDConfig:
         _check(self.image_size % factor == 0, "image_size", f"{self.image_size} cannot be halved by every level",
                f"give a multiple of {factor}")  # fmt: skip
 
+        _check(self.random_crop <= self.image_size, "random_crop", f"{self.random_crop} would leave less than a quarter of a "
+               "picture", f"give at most {self.image_size}")  # fmt: skip
         _check(self.equivariance == 0 or self.latent_size % 2 == 0, "equivariance",
                f"needs latents that can be halved, these are {self.latent_size} wide",
                f"give --image_size a multiple of {2 * self.image_size // self.latent_size}")  # fmt: skip

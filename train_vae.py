@@ -17,7 +17,7 @@ import torch
 
 from checkpoint import Run, load_vae
 from config import parse_training_args
-from data import fingerprint, open_dataset, read_pictures
+from data import draw_views, fingerprint, open_dataset, read_pictures, take_views
 from training import (
     FiniteGuard,
     Interrupts,
@@ -67,7 +67,7 @@ def main():
     autocast = make_autocast(device, cfg.mixed_precision)
 
     # ---- Data ----
-    train_set, held_out_set = open_dataset(cfg)
+    train_set, held_out_set = open_dataset(cfg, cfg.random_crop)
     with first_alone(world):
         pixels, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
         held_out, _ = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
@@ -107,11 +107,13 @@ def main():
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
+            views = draw_views(len(index), cfg)
             transform = draw_transform(cfg.equivariance)
             losses = torch.zeros(3, device=device)
             optimizer.zero_grad()
             for mine, weight in shares_of(len(index), world, cfg.grad_accumulation):  # eps is of the whole batch
-                x = to_float(pixels[index[mine]], device).contiguous(memory_format=conv_layout(device))
+                x = take_views(pixels, index[mine], views[mine], cfg.image_size)
+                x = to_float(x, device).contiguous(memory_format=conv_layout(device))
                 with autocast():
                     mu, log_var, x_hat = autoencode(x, eps[mine], transform)
                 loss, mse, kl = vae_loss(transformed(x, transform), mu.float(), log_var.float(), x_hat.float(),
@@ -161,10 +163,12 @@ def evaluate(vae, held_out, device, cfg):
 
 
 def normalize(vae, pixels, device, cfg):
+    """Measured on the middle of each training picture, which is all of it without cfg.random_crop."""
     progress = Progress(len(pixels), "measure latents")
+    middle = slice(cfg.random_crop // 2, cfg.random_crop // 2 + cfg.image_size)
 
     def batches():
-        for x in pixels.split(cfg.batch_size):
+        for x in pixels[:, :, middle, middle].split(cfg.batch_size):
             yield to_float(x, device)
             progress.update(len(x))
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from test_resume import bits
 
 from config import SDConfig, UserError
 from data import Scenes
+from train_unet import encode_all
 from training import to_float
 from vae import AutoencoderKL, draw_transform, ms_ssim, reparameterize, transformed, vae_loss
 
@@ -212,7 +214,8 @@ def test_finetuning_the_decoder_keeps_the_statistics(normalized, run_here):
 
 # ---- Resuming ----
 
-ALL = {"equivariance": 0.5, "l1_weight": 0.1, "ms_ssim_weight": 0.1, "normalize_latents": True}
+ALL = {"equivariance": 0.5, "l1_weight": 0.1, "ms_ssim_weight": 0.1, "normalize_latents": True,
+       "random_crop": 4, "horizontal_flips": True, "captions_per_image": 1}  # fmt: skip
 
 
 def command_with_all(kind):
@@ -258,6 +261,34 @@ def test_a_run_from_before_an_option_existed_is_the_run_without_it(tiny_run, tmp
     assert "finished" in run_here("train_vae.py", *command, cwd=tmp_path).stdout
     changed = run_here("train_vae.py", *command, "--equivariance", 0.5, cwd=tmp_path)
     assert_one_line_error(changed, 1, "equivariance was 0.0, now 0.5")
+
+
+def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
+    """Against encoding the mirrored picture; and the cached latents of the plain ones are used again."""
+    vae, pixels = randomize(AutoencoderKL(tiny)), torch.from_numpy(np.stack([Scenes(0, 3, 32)[i] for i in range(3)]))
+    cfg, about = replace(tiny, cache_dir=str(tmp_path)), {"made_from": {}, "machine": {}}
+    plain, mirrored = (encode_all(vae, pixels, about, "cpu", cfg, "encode", mirrored=m)[0] for m in (False, True))
+    with torch.no_grad():
+        torch.testing.assert_close(plain, vae.encode(to_float(pixels, "cpu"))[0])
+        torch.testing.assert_close(mirrored, vae.encode(to_float(pixels.flip(3), "cpu"))[0])
+    assert len(list(tmp_path.glob("latents-*.json"))) == 2
+
+
+def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):
+    """That each option reaches each loop it is for, and no other: by the losses that follow."""
+    settings = TINY | QUICK | {"max_images": 16, "num_epochs": 1}
+    losses = {"vae": {}, "unet": {}}
+    for option in ("", "--random_crop 4", "--horizontal_flips", "--captions_per_image 1"):
+        for kind in losses:
+            run = f"{kind} {option}"
+            if kind == "unet":  # on the VAE trained without any
+                shutil.copytree(tmp_path / "vae ", tmp_path / run)
+            command = ["--preset", "demo", "--run_dir", run, *flags(settings), *option.split()]
+            assert run_here(f"train_{kind}.py", *command, cwd=tmp_path).returncode == 0
+            losses[kind][option] = (tmp_path / run / f"{kind}_train.csv").read_text()
+    vae, unet = losses["vae"], losses["unet"]
+    assert vae[""] == vae["--captions_per_image 1"] and len({*vae.values()}) == 3
+    assert unet[""] == unet["--random_crop 4"] != unet["--horizontal_flips"]
 
 
 # ---- The decoder alone ----
