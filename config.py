@@ -145,6 +145,10 @@ class SDConfig:
 
 
 # A preset is what differs from the defaults above, for both trainers; VAE_PRESETS adds what differs for train_vae.py.
+# The sizes of coco keep the recipe's U-Net of three levels, so that only the VAE knows how large a picture is: latents
+# are 16 x 16 (64 and 128 pixels; the lowest level, with the image's self-attention, is 4 x 4) or 32 x 32 (256 and 512;
+# 8 x 8). At 64 pixels the VAE has a level less. At 512 it has a level more, so a latent pixel stands for 16 x 16 pixels
+# instead of 8 x 8, and four times the channels keep the ratio of numbers, 48 pixel values to one, that 4 have at 8 x 8.
 # demo is sized for two CPU cores and ten minutes. Its betas are the recipe's times 1000 / T, so that the last step
 # is nearly pure noise, which is what sampling starts from; with one group per GroupNorm the small VAE learns faster.
 PRESETS = {
@@ -172,10 +176,17 @@ PRESETS = {
         "weight_decay": 0.0,
         "ema_decay": 0.99,
     },
+    "coco64": {"image_size": 64, "block_out_channels": (64, 128, 256)},
+    "coco256": {"image_size": 256},
+    "coco512": {"image_size": 512, "block_out_channels": (64, 128, 256, 256, 256), "latent_channels": 16},
 }
+COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0}
 VAE_PRESETS = {
-    "coco": {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0},
+    "coco": COCO_VAE,
     "demo": {"batch_size": 4, "num_epochs": 2},
+    "coco64": COCO_VAE,
+    "coco256": COCO_VAE | {"grad_accumulation": 4},  # the same activations at a time as at 128 pixels
+    "coco512": COCO_VAE | {"grad_accumulation": 16},
 }
 
 
@@ -218,8 +229,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_run_flags(parser):
     """Flags that the trainers share beside the fields of SDConfig."""
-    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe) or demo (embedded data, minutes on a CPU); "
-                        "without it: coco if its captions are there, else demo")  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe), coco64, coco256, coco512 (the same at other sizes) or demo "
+                        "(embedded data, minutes on a CPU); without it: coco if its captions are there, else demo")  # fmt: skip
     parser.add_argument("--run_dir", help="folder for everything this run writes (default: runs/<preset>)")
     parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")
@@ -275,7 +286,7 @@ def parse_training_args(description, stage, argv=None):
     args.preset, reason = choose_preset(args, given)
     args.run_dir = args.run_dir or os.path.join("runs", args.preset)
     try:
-        _check(args.preset == "coco" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
+        _check(args.preset != "demo" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         cfg = SDConfig(**(PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {}) | given))
         _check(stage == "vae" or not cfg.finetune_decoder_of, "finetune_decoder_of", "is a flag of train_vae.py",
@@ -284,6 +295,6 @@ def parse_training_args(description, stage, argv=None):
                "run_dir", "holds the VAE to be finetuned, which must stay as it is", "give another folder")  # fmt: skip
     except UserError as e:
         parser.exit(2, f"error: {printable(e)}\n")
-    other = next(name for name in PRESETS if name != args.preset)
-    print(f"preset {args.preset}, {reason}; the other one: --preset {other}")
+    others = ", ".join(name for name in PRESETS if name != args.preset)
+    print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
     return cfg, args

@@ -76,7 +76,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
     parser.add_argument("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
     parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
-    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
+    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
     parser.add_argument("--vae", metavar="RUN_DIR", help="decode with the VAE of another run, whose encoder must be the same: "
                         "one of train_vae.py --finetune_decoder_of")  # fmt: skip
     parser.add_argument("--out", help="folder for the pictures (default: <run_dir>/samples)")
