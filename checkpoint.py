@@ -42,7 +42,9 @@ KEPT_SETS = 2  # newest sets that can be resumed from: should one be damaged, th
 PREFIXES = {"vae": ("vae_ckpt_epoch",), "unet": ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt")}
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_TEXT = 64 << 20  # the CSV text within a state
-VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+VAE_SETTINGS = (
+    "image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "normalize_latents"
+)  # fmt: skip
 
 
 class Damaged(UserError):
@@ -234,12 +236,12 @@ def settings_to_config(settings, path):
         raise Damaged(f"{path}: {e}") from None
 
 
-def newest_epoch_set(run_dir, kind):
-    """Tag and manifest of the newest set of a whole epoch."""
+def newest_epoch_set(run_dir, kind, flag="--run_dir"):
+    """Tag and manifest of the newest set of a whole epoch. flag: the one that named run_dir."""
     tags = [tag for tag in sets_of(run_dir, kind) if "_" not in tag]
     if not tags:
-        raise UserError(f"--run_dir {run_dir}: no {kind}_set*.json of a whole epoch here; run python train_{kind}.py "
-                        "first, with the same --run_dir")  # fmt: skip
+        raise UserError(f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; run python train_{kind}.py "
+                        "first, with this folder as its --run_dir")  # fmt: skip
     return tags[0], read_manifest(run_dir, kind, tags[0])
 
 
@@ -257,10 +259,11 @@ def newest_run():
     return saved[max(saved)]
 
 
-def load_models(run_dir, ema, device):
+def load_models(run_dir, ema, device, vae_dir=None):
     """The newest epoch's models -> cfg, name of the U-Net's file, vae, unet, t_embedder, ready for use.
 
-    The VAE is the one that the U-Net was trained on; UserError, naming the file, if any is not as it was saved.
+    The VAE is the one that the U-Net was trained on, or that of vae_dir if only its decoder is another; UserError,
+    naming the file, if any is not as it was saved.
     """
     tag, manifest = newest_epoch_set(run_dir, "unet")
     cfg, name = manifest["cfg"], f"{'ema_' if ema else ''}unet_ckpt{tag}"
@@ -287,6 +290,11 @@ def load_models(run_dir, ema, device):
             )
             raise UserError(f"{e}{retrained if file == vae_file else ''}") from None
         models.append(module.to(device).eval().requires_grad_(False))
+    if vae_dir:
+        own, (models[0], _) = models[0], load_vae(cfg, vae_dir, device, "--vae")
+        if not has_latents_of(models[0], own):
+            raise UserError(f"--vae {vae_dir}: its latents are not those that the U-Net in {run_dir} was trained on; give a "
+                            f"run of train_vae.py --finetune_decoder_of {run_dir}")  # fmt: skip
     return cfg, name, *models
 
 
@@ -298,16 +306,22 @@ def check_text_encoder(run_dir, text_encoder):
                         "the same ones")  # fmt: skip
 
 
-def load_vae(cfg, run_dir, device):
+def has_latents_of(vae, other):
+    """Whether two VAEs of the same settings give the same latents: all but the weights of the decoder is equal."""
+    theirs, free = other.state_dict(), {f"decoder.{name}" for name, _ in vae.decoder.named_parameters()}
+    return all(torch.equal(v, theirs[name]) for name, v in vae.state_dict().items() if name not in free)
+
+
+def load_vae(cfg, run_dir, device, flag="--run_dir"):
     """-> the run's VAE and {its file: size and SHA-256}; UserError if it is not finished or was made otherwise."""
-    tag, manifest = newest_epoch_set(run_dir, "vae")
+    tag, manifest = newest_epoch_set(run_dir, "vae", flag)
     theirs = manifest["cfg"]
     for name in VAE_SETTINGS:
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"--{name}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
-                            f"{getattr(theirs, name)}; give the same, or another --run_dir")  # fmt: skip
+                            f"{getattr(theirs, name)}; give the same, or another {flag}")  # fmt: skip
     if not manifest["finished"]:
-        raise UserError(f"--run_dir {run_dir}: train_vae.py has not finished here; give its command again")
+        raise UserError(f"{flag} {run_dir}: train_vae.py has not finished here; give its command again")
     file = f"vae_ckpt_epoch{tag}.pth"
     vae = AutoencoderKL(cfg)
     load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
@@ -369,7 +383,8 @@ class Run:
     def check_same(self, manifest):
         """UserError that lists every difference between the run that a manifest tells of and this one."""
         free = {f.name for f in fields(SDConfig) if f.metadata["free"]}  # change the pace, never a result
-        now, then = self.about["settings"], manifest["settings"]
+        defaults = json.loads(json.dumps(asdict(SDConfig())))  # of settings that older code did not know
+        now, then = self.about["settings"], defaults | manifest["settings"]
         changed = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
         for name, what in (("data", "the pictures or their captions are others"), ("made_from", "the VAE is another"),
                            ("text", "the text encoder's weights are others")):  # fmt: skip

@@ -38,9 +38,16 @@ class SDConfig:
     data_root: str = setting("data/coco", "folder of the data set: train2017/, val2017/ and annotations/ for coco; "
                              "pictures with captions for folder; not used by scenes", free=True)  # fmt: skip
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
-    max_images: int = setting(40_000, "training pictures: a fixed subset of what is there", low=1)
+    max_images: int = setting(
+        40_000, "training pictures: a fixed subset of what is there, or all if there are no more", low=1
+    )
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
+    random_crop: int = setting(0, "pixels by which train_vae.py has its training pictures larger, to crop them at random at "
+                               "each step; 0 = off", low=0)  # fmt: skip
+    horizontal_flips: bool = setting(False, "mirror half of the training pictures of a step; not for captions that say left "
+                                     "and right")  # fmt: skip
+    captions_per_image: int = setting(0, "captions of a picture that are used, the first so many; 0 = all", low=0)
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
     cache_dir: str = setting("data/prepared", "where decoded pictures and latents are kept for the next run; '' = in memory "
                              "only", free=True)  # fmt: skip
@@ -54,6 +61,15 @@ class SDConfig:
     layers_per_block: int = setting(2, "VAE resnets per level", low=1)
     norm_num_groups: int = setting(32, "groups of the VAE's GroupNorms; divides its channel counts", low=1)
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", low=0)
+    l1_weight: float = setting(0.0, "weight of the L1 reconstruction term; 0 = off", low=0)
+    ms_ssim_weight: float = setting(0.0, "weight of the MS-SSIM reconstruction term; 0 = off", low=0)
+    equivariance: float = setting(0.0, "share of the steps in which turned or halved latents must decode to equally turned "
+                                  "or halved pictures (EQ-VAE); 0 = off, 0.5 = half of them", low=0, high=1)  # fmt: skip
+
+    normalize_latents: bool = setting(False, "shift and scale each latent channel to mean 0 and variance 1, by what is "
+                                      "measured on the training pictures when the VAE is trained")  # fmt: skip
+    finetune_decoder_of: str = setting("", "run directory whose finished VAE train_vae.py goes on with: the decoder alone, so "
+                                       "that its U-Net stays valid (sample.py --vae); '' = a new VAE")  # fmt: skip
 
     # U-Net
     unet_block_out_channels: tuple[int, ...] = setting((128, 176, 224), "U-Net channels per level", low=1)
@@ -131,6 +147,16 @@ class SDConfig:
         factor = 2 ** (len(self.block_out_channels) + len(self.unet_block_out_channels) - 2)
         _check(self.image_size % factor == 0, "image_size", f"{self.image_size} cannot be halved by every level",
                f"give a multiple of {factor}")  # fmt: skip
+        _check(self.random_crop <= self.image_size, "random_crop", f"{self.random_crop} would leave less than a quarter of a "
+               "picture", f"give at most {self.image_size}")  # fmt: skip
+        _check(self.equivariance == 0 or self.latent_size % 2 == 0, "equivariance",
+               f"needs latents that can be halved, these are {self.latent_size} wide",
+               f"give --image_size a multiple of {2 * self.image_size // self.latent_size}")  # fmt: skip
+        _check(not (self.equivariance and self.finetune_decoder_of), "equivariance",
+               "shapes the latents, which finetuning the decoder leaves as they are", "give one of the two")  # fmt: skip
+        smallest = self.image_size // (2 if self.equivariance else 1)  # picture that the loss sees
+        _check(self.ms_ssim_weight == 0 or smallest >= 11, "ms_ssim_weight",
+               f"its window is 11 pixels wide, the smallest picture {smallest}", "give a larger --image_size, or 0")  # fmt: skip
 
     def _check_diffusion(self):
         """Settings that contradict each other or would not be read."""
@@ -159,6 +185,10 @@ class SDConfig:
 
 
 # A preset is what differs from the defaults above, for both trainers; VAE_PRESETS adds what differs for train_vae.py.
+# The sizes of coco keep the recipe's U-Net of three levels, so that only the VAE knows how large a picture is: latents
+# are 16 x 16 (64 and 128 pixels; the lowest level, with the image's self-attention, is 4 x 4) or 32 x 32 (256 and 512;
+# 8 x 8). At 64 pixels the VAE has a level less. At 512 it has a level more, so a latent pixel stands for 16 x 16 pixels
+# instead of 8 x 8, and four times the channels keep the ratio of numbers, 48 pixel values to one, that 4 have at 8 x 8.
 # demo is sized for two CPU cores and ten minutes. Its betas are the recipe's times 1000 / T, so that the last step
 # is nearly pure noise, which is what sampling starts from; with one group per GroupNorm the small VAE learns faster.
 PRESETS = {
@@ -186,10 +216,17 @@ PRESETS = {
         "weight_decay": 0.0,
         "ema_decay": 0.99,
     },
+    "coco64": {"image_size": 64, "block_out_channels": (64, 128, 256)},
+    "coco256": {"image_size": 256},
+    "coco512": {"image_size": 512, "block_out_channels": (64, 128, 256, 256, 256), "latent_channels": 16},
 }
+COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0}
 VAE_PRESETS = {
-    "coco": {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0},
+    "coco": COCO_VAE,
     "demo": {"batch_size": 4, "num_epochs": 2},
+    "coco64": COCO_VAE,
+    "coco256": COCO_VAE | {"grad_accumulation": 4},  # the same activations at a time as at 128 pixels
+    "coco512": COCO_VAE | {"grad_accumulation": 16},
 }
 
 
@@ -232,8 +269,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_run_flags(parser):
     """Flags that the trainers share beside the fields of SDConfig."""
-    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe) or demo (embedded data, minutes on a CPU); "
-                        "without it: coco if its captions are there, else demo")  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe), coco64, coco256, coco512 (the same at other sizes) or demo "
+                        "(embedded data, minutes on a CPU); without it: coco if its captions are there, else demo")  # fmt: skip
     parser.add_argument("--run_dir", help="folder for everything this run writes (default: runs/<preset>)")
     parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")
@@ -290,16 +327,18 @@ def parse_training_args(description, stage, argv=None):
     args.run_dir = os.path.join("runs", args.preset) if args.run_dir is None else args.run_dir
     try:
         _check(args.run_dir, "run_dir", "is empty", "give a folder")
-        _check(args.preset == "coco" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
+        _check(args.preset != "demo" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         preset = PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {})
         if given.get("prediction_type") == "flow" or given.get("beta_schedule") == "cosine" or given.get("scale_betas"):
-            preset = {
-                k: v for k, v in preset.items() if k not in BETA_RANGE
-            }  # what was asked for replaces the preset's
+            preset = {k: v for k, v in preset.items() if k not in BETA_RANGE}  # what was asked for replaces it
         cfg = SDConfig(**(preset | given))
+        _check(stage == "vae" or not cfg.finetune_decoder_of, "finetune_decoder_of", "is a flag of train_vae.py",
+               "leave it out: a U-Net of that VAE stays valid as it is")  # fmt: skip
+        _check(not cfg.finetune_decoder_of or os.path.realpath(cfg.finetune_decoder_of) != os.path.realpath(args.run_dir),
+               "run_dir", "holds the VAE to be finetuned, which must stay as it is", "give another folder")  # fmt: skip
     except UserError as e:
         parser.exit(2, f"error: {printable(e)}\n")
-    other = next(name for name in PRESETS if name != args.preset)
-    print(f"preset {args.preset}, {reason}; the other one: --preset {other}")
+    others = ", ".join(name for name in PRESETS if name != args.preset)
+    print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
     return cfg, args

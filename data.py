@@ -133,13 +133,17 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def open_dataset(cfg):
-    """-> (training set, held-out set), as cfg.dataset says; each has captions, len() and pictures by index."""
+def open_dataset(cfg, margin=0):
+    """-> (training set, held-out set), as cfg.dataset says; each has captions, len() and pictures by index.
+
+    margin: pixels by which training pictures are larger than cfg.image_size, to be cropped by take_views().
+    """
+    larger = cfg.image_size + margin
     if cfg.dataset == "scenes":
-        return (Scenes(TRAIN_SERIES, cfg.max_images, cfg.image_size),
+        return (Scenes(TRAIN_SERIES, cfg.max_images, larger),
                 Scenes(HELD_OUT_SERIES, cfg.held_out_images, cfg.image_size))  # fmt: skip
     train, held_out = coco_splits(cfg) if cfg.dataset == "coco" else split(folder_records(cfg.data_root), cfg)
-    return Pictures(train[: cfg.max_images], cfg.image_size), Pictures(held_out, cfg.image_size)
+    return Pictures(train[: cfg.max_images], larger), Pictures(held_out, cfg.image_size)
 
 
 def coco_splits(cfg):
@@ -299,7 +303,7 @@ def read_pictures(dataset, cfg, start_progress):
     start_progress(total, done) -> an object whose update() is called for each picture, and close() at the end.
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
-    size = cfg.image_size
+    size = dataset.image_size
 
     def rows(first):
         rest = Subset(dataset, range(first, len(dataset)))
@@ -315,7 +319,8 @@ def read_pictures(dataset, cfg, start_progress):
         report_bad(list(bad.values()), len(dataset), cfg.skip_bad)
     if not len(pixels):
         raise UserError(f"--data_root {cfg.data_root}: none of its {len(dataset)} pictures can be read; check the path")
-    return pixels, [captions for i, captions in enumerate(dataset.captions) if i not in bad]
+    used = cfg.captions_per_image or None
+    return pixels, [captions[:used] for i, captions in enumerate(dataset.captions) if i not in bad]
 
 
 def report_bad(bad, total, skip):
@@ -341,6 +346,27 @@ def choose_captions(first_rows, index):
     """
     first, count = first_rows[index], first_rows[index + 1] - first_rows[index]
     return first + (torch.rand(len(index), dtype=torch.float64) * count).long()
+
+
+def draw_mirrored(count, cfg):
+    """Which of `count` pictures are seen mirrored, drawn from PyTorch's global generator -> (count,), 1 or 0."""
+    return (torch.rand(count) < 0.5).long() if cfg.horizontal_flips else torch.zeros(count, dtype=torch.long)
+
+
+def draw_views(count, cfg):
+    """How `count` pictures are seen, drawn likewise -> (count, 3): top and left of the crop, and whether it is mirrored."""
+    return torch.column_stack([torch.randint(cfg.random_crop + 1, (count, 2)), draw_mirrored(count, cfg)])
+
+
+def take_views(pixels, index, views, size):
+    """Pictures by their numbers, cropped and mirrored as draw_views() says: uint8 (N, 3, S, S) -> (B, 3, size, size)."""
+    if pixels.shape[-1] == size and not views.any():
+        return pixels[index]
+    top, left, mirrored = views.T[:, :, None]  # (B, 1) each
+    along = torch.arange(size)
+    rows, columns = top + along, left + torch.where(mirrored == 1, size - 1 - along, along)  # (B, size) each
+    taken = pixels[index[:, None, None], :, rows[:, :, None], columns[:, None]]  # (B, size, size, 3)
+    return taken.permute(0, 3, 1, 2)
 
 
 def number_captions(captions):

@@ -19,7 +19,7 @@ from PIL import PngImagePlugin
 from torchvision.utils import make_grid
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
-from config import Parser, UserError, positive_int
+from config import Parser, UserError, positive_int, printable
 from diffusion import configured_process, sample
 from export import export_run
 from samplers import SAMPLERS, choose_sampler
@@ -40,7 +40,8 @@ def main():
         print(f"wrote {args.export} from {run_dir}: opens in diffusers' {opener}, as its README.md shows")
         return
     device = pick_device()
-    cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
+    cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device, args.vae)
+    model_name += f", VAE: {printable(args.vae)}" if args.vae else ""
     steps = args.steps or cfg.timesteps
     if steps > cfg.timesteps and cfg.prediction_type != "flow":
         print(f"error: --steps: {steps} is out of range; give 1 to {cfg.timesteps}", file=sys.stderr)
@@ -98,7 +99,9 @@ def parse_args():
                         help="bf16 autocast; auto: where the processor computes in it (default: auto)")  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
     parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
-    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
+    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
+    parser.add_argument("--vae", metavar="RUN_DIR", help="decode with the VAE of another run, whose encoder must be the same: "
+                        "one of train_vae.py --finetune_decoder_of")  # fmt: skip
     parser.add_argument("--out", help="folder for the pictures (default: <run_dir>/samples)")
     args = parser.parse_args()
     for name, value in vars(args).items() if args.export is not None else ():

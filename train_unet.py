@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import Run, load_vae
 from config import parse_training_args
-from data import choose_captions, fingerprint, number_captions, open_dataset, read_pictures
+from data import choose_captions, draw_mirrored, fingerprint, number_captions, open_dataset, read_pictures
 from diffusion import (
     add_noise,
     configured_process,
@@ -92,6 +92,9 @@ def main():
         held_out_pixels, held_out_captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
         run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
         mu, log_var = encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")
+        if cfg.horizontal_flips:  # then picture i is seen as row i, or mirrored as row N + i
+            mirrored = encode_all(vae, pixels, run.about, device, cfg, "encode mirrored pictures", mirrored=True)
+            mu, log_var = (torch.cat(pair) for pair in zip((mu, log_var), mirrored))
         held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures")
         first_rows = number_captions(captions)
         embed_captions = caption_embeddings(text_encoder, captions, run.about, device, cfg)
@@ -107,7 +110,7 @@ def main():
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
     # ---- State ----
-    steps_per_epoch = math.ceil(len(mu) / cfg.batch_size)
+    steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
     modules = [unet, t_ember, ema]
@@ -123,12 +126,13 @@ def main():
     guard = FiniteGuard(device)
 
     for epoch in range(epochs_done + 1, last_epoch + 1):
-        batches = epoch_batches(cfg.seed, epoch, len(mu), cfg.batch_size)
+        batches = epoch_batches(cfg.seed, epoch, len(pixels), cfg.batch_size)
         for index in batches[step - epochs_done * steps_per_epoch : total_steps - epochs_done * steps_per_epoch]:
             step += 1
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
-            z = reparameterize(mu[index], log_var[index])  # drawn anew at each use, as if encoded again
+            seen = index + len(pixels) * draw_mirrored(len(index), cfg)
+            z = reparameterize(mu[seen], log_var[seen])  # drawn anew at each use, as if encoded again
             t = draw_times(len(z), cfg)
             noise = torch.randn_like(z)
             rows = drop_captions(choose_captions(first_rows, index), first_rows[-1], cfg.caption_dropout)
@@ -180,18 +184,20 @@ def main():
           f'next: python sample.py --run_dir {args.run_dir} --prompt "a red sports car"')  # fmt: skip
 
 
-def encode_all(vae, pixels, about, device, cfg, what):
+def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     """uint8 pictures (N, 3, S, S) -> mu, log_var of all of them: (N, latent_channels, s, s) each, computed once."""
 
     @torch.no_grad()
     def rows(first):
         progress = Progress(len(pixels), what, first)
         for x in pixels[first:].split(ENCODED_TOGETHER):
+            x = x.flip(3) if mirrored else x
             yield from torch.stack(vae.encode(to_float(x, device)), dim=1).cpu().numpy()  # (B, 2, C, s, s)
             progress.update(len(x))
         progress.close()
 
     key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": about["machine"]}
+    key |= {"mirrored": True} if mirrored else {}
     shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, ENCODED_TOGETHER)
     return latents[:, 0].to(device), latents[:, 1].to(device)

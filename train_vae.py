@@ -3,6 +3,7 @@
   python train_vae.py                      COCO if it is there (README.md), else the embedded demo
   python train_vae.py --preset demo        64-pixel painted scenes, minutes on two CPU cores
   python train_vae.py --dataset folder --data_root my_pictures --run_dir runs/mine
+  python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   then sample.py --vae
 
 Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
 vae_curves.png, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions.
@@ -14,9 +15,9 @@ import os
 
 import torch
 
-from checkpoint import Run
+from checkpoint import Run, load_vae
 from config import parse_training_args
-from data import fingerprint, open_dataset, read_pictures
+from data import draw_views, fingerprint, open_dataset, read_pictures, take_views
 from training import (
     FiniteGuard,
     Interrupts,
@@ -46,7 +47,7 @@ from training import (
     to_float,
     use_large_pages,
 )
-from vae import AutoencoderKL, held_out_figures, vae_loss
+from vae import AutoencoderKL, draw_transform, held_out_figures, measure_latents, transformed, vae_loss
 
 GRID_PICTURES = 8
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of vae_train.csv
@@ -59,13 +60,15 @@ def main():
     world = join_world()
     device = world.device
     run = Run(args, "vae", cfg, world)
+    if cfg.finetune_decoder_of:
+        vae, run.about["made_from"] = load_vae(cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of")
     if run.finished():
         return
     run.open()
     autocast = make_autocast(device, cfg.mixed_precision)
 
     # ---- Data ----
-    train_set, held_out_set = open_dataset(cfg)
+    train_set, held_out_set = open_dataset(cfg, cfg.random_crop)
     with first_alone(world):
         pixels, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
         held_out, _ = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
@@ -74,10 +77,14 @@ def main():
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
-    vae = AutoencoderKL(cfg).to(device, memory_format=conv_layout(device))
+    if not cfg.finetune_decoder_of:
+        vae = AutoencoderKL(cfg)
+    vae.decoder.requires_grad_(True)  # of a finished VAE nothing else learns
+    vae.to(device, memory_format=conv_layout(device))
+    parameters = [p for p in vae.parameters() if p.requires_grad]
     autoencode = compiled(in_parallel(vae, world), cfg.compile)
-    optimizer = make_optimizer(vae.parameters(), cfg)
-    print(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
+    optimizer = make_optimizer(parameters, cfg)
+    print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters that learn")
 
     # ---- State ----
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
@@ -101,13 +108,17 @@ def main():
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
+            views = draw_views(len(index), cfg)
+            transform = draw_transform(cfg.equivariance)
             losses = torch.zeros(3, device=device)
             optimizer.zero_grad()
             for mine, weight in shares_of(len(index), world, cfg.grad_accumulation):  # eps is of the whole batch
-                x = to_float(pixels[index[mine]], device).contiguous(memory_format=conv_layout(device))
+                x = take_views(pixels, index[mine], views[mine], cfg.image_size)
+                x = to_float(x, device).contiguous(memory_format=conv_layout(device))
                 with autocast():
-                    mu, log_var, x_hat = autoencode(x, eps[mine])
-                loss, mse, kl = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
+                    mu, log_var, x_hat = autoencode(x, eps[mine], transform)
+                loss, mse, kl = vae_loss(transformed(x, transform), mu.float(), log_var.float(), x_hat.float(),
+                                         cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)  # fmt: skip
                 (weight * loss).backward()
                 losses += weight * torch.stack([loss, mse, kl]).detach()
             losses = average_over(losses, world)
@@ -135,6 +146,8 @@ def main():
                 vae, held_out, device, cfg, os.path.join(args.run_dir, f"vae_pictures_epoch{epoch}.png")
             )
             draw_curves(args.run_dir)
+        if epoch == last_epoch and cfg.normalize_latents and not cfg.finetune_decoder_of and world.rank == 0:
+            normalize(vae, pixels, device, cfg)
         epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
             save(f"{epoch}")
@@ -149,6 +162,22 @@ def main():
 def evaluate(vae, held_out, device, cfg):
     seed_step(cfg.seed, 0)  # the same noise at every epoch
     return held_out_figures(vae, (to_float(x, device) for x in held_out.split(cfg.batch_size)))
+
+
+def normalize(vae, pixels, device, cfg):
+    """Measured on the middle of each training picture, which is all of it without cfg.random_crop."""
+    progress = Progress(len(pixels), "measure latents")
+    middle = slice(cfg.random_crop // 2, cfg.random_crop // 2 + cfg.image_size)
+
+    def batches():
+        for x in pixels[:, :, middle, middle].split(cfg.batch_size):
+            yield to_float(x, device)
+            progress.update(len(x))
+
+    measure_latents(vae, batches())
+    progress.close()
+    for name in ("latent_mean", "latent_std"):
+        print(f"{name} by channel:", *(f"{v:.3f}" for v in getattr(vae.decoder, name).flatten().tolist()))
 
 
 def log_training(run, step, means, lr):

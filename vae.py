@@ -1,12 +1,15 @@
 """The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (4, H/8, W/8) of about unit variance.
 
 What it is not: no discriminator, no perceptual loss, and no latent scaling factor. The KL weight alone
-keeps the latents near N(0, 1), so the diffusion model uses them as they come: z = mu + sigma * eps.
+keeps the latents near N(0, 1), so the diffusion model uses them as they come: z = mu + sigma * eps. With
+cfg.normalize_latents they come with mean 0 and variance 1 per channel; nobody outside this file shifts or scales.
 
 Papers:
   Kingma & Welling 2013, Auto-Encoding Variational Bayes (arXiv 1312.6114): Eq. 10 and appendix B
   Higgins et al. 2017, beta-VAE: the weight on the KL term
   Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752): the convolutional architecture, section 3.1
+  Kouzelis et al. 2025, EQ-VAE (arXiv 2502.09509): equivariance of the latents, an option
+  Wang et al. 2003, Multi-scale structural similarity, an option
 
 Module names and block structure are those of diffusers' AutoencoderKL without quant convs,
 so a state_dict from here opens there with strict=True, and back.
@@ -21,6 +24,15 @@ import torch.nn.functional as F
 # Limits of log sigma^2: outside them exp() under- or overflows and the KL term stops being a number.
 LOG_VAR_RANGE = (-30.0, 20.0)
 INITIAL_LOG_VAR = -4.0
+MS_SSIM_EXPONENTS = (
+    0.0448,
+    0.2856,
+    0.3001,
+    0.2363,
+    0.1333,
+)  # of the scales, finest first (Wang et al. 2003, section 3.2)
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Gaussian [pixels]
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -149,10 +161,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z: (B, latent_channels, h, w) -> x_hat (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
+    """z: (B, latent_channels, h, w) -> x_hat (B, 3, 8h, 8w), about [-1, 1] but not clamped.
 
-    def __init__(self, latent_channels, channels, layers_per_block, groups):
+    normalized: z comes normalized; the buffers latent_mean and latent_std, (latent_channels, 1, 1) each, say by what.
+    """
+
+    def __init__(self, latent_channels, channels, layers_per_block, groups, normalized):
         super().__init__()
+        if normalized:
+            self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
+            self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
         channels = channels[::-1]  # decoding starts at the lowest resolution
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
@@ -166,6 +184,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, z):
+        if hasattr(self, "latent_std"):
+            z = z * self.latent_std + self.latent_mean
         h = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             h = level(h)
@@ -176,24 +196,31 @@ class AutoencoderKL(nn.Module):
     """q(z|x) = N(mu, sigma^2) by `encode`, the mean of p(x|z) by `decoder`.
 
     cfg needs: latent_channels, block_out_channels (one entry per resolution, each a multiple of
-    norm_num_groups), layers_per_block, norm_num_groups.
+    norm_num_groups), layers_per_block, norm_num_groups, normalize_latents.
     """
 
     def __init__(self, cfg):
         super().__init__()
         shape = (cfg.latent_channels, cfg.block_out_channels, cfg.layers_per_block, cfg.norm_num_groups)
         self.encoder = Encoder(*shape)
-        self.decoder = Decoder(*shape)
+        self.decoder = Decoder(*shape, cfg.normalize_latents)
 
     def encode(self, x):
         """x: (B, 3, H, W) in [-1, 1] -> mu, log_var: (B, latent_channels, H/8, W/8) each."""
         mu, log_var = self.encoder(x).chunk(2, dim=1)
-        return mu, log_var.clamp(*LOG_VAR_RANGE)
+        log_var = log_var.clamp(*LOG_VAR_RANGE)
+        if hasattr(self.decoder, "latent_std"):
+            mu = (mu - self.decoder.latent_mean) / self.decoder.latent_std
+            log_var = log_var - 2 * self.decoder.latent_std.log()
+        return mu, log_var
 
-    def forward(self, x, eps=None):
-        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var, and x_hat decoded from one draw of z. eps: as in reparameterize."""
+    def forward(self, x, eps=None, transform=None):
+        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var, and x_hat decoded from one draw of z. eps: as in reparameterize.
+
+        transform: what is done to z before it is decoded, as in transformed(); x_hat then is of transformed(x).
+        """
         mu, log_var = self.encode(x)
-        return mu, log_var, self.decoder(reparameterize(mu, log_var, eps))
+        return mu, log_var, self.decoder(transformed(reparameterize(mu, log_var, eps), transform))
 
 
 def reparameterize(mu, log_var, eps=None):
@@ -201,15 +228,103 @@ def reparameterize(mu, log_var, eps=None):
     return mu + torch.exp(0.5 * log_var) * (torch.randn_like(mu) if eps is None else eps)
 
 
-def vae_loss(x, mu, log_var, x_hat, beta):
+def draw_transform(probability):
+    """With this probability one of the seven transforms below that change something, else None -> (turns, halved) or None.
+
+    EQ-VAE's objective in its implicit form: the reconstruction loss asks the decoder for transformed(x), given
+    transformed(z), and in the other steps for x, given z. So a step has one pass of the decoder as ever, a smaller one
+    if halved. The paper draws its scales from 1/4 to 1; here 1/2 is the only one, exact for every number of levels.
+    Drawn from PyTorch's global generator.
+    """
+    if torch.rand(()) >= probability:
+        return None
+    turns, halved = divmod(torch.randint(1, 8, ()).item(), 2)
+    return turns, bool(halved)
+
+
+def transformed(x, transform):
+    """Pictures or latents (B, C, H, W), turned by quarter turns and halved by averaging; as they are if transform is None."""
+    return x if transform is None else turn_and_halve(x, *transform)
+
+
+@torch.compiler.disable  # else --compile would make one graph of the whole VAE for each transform
+def turn_and_halve(x, turns, halved):
+    x = torch.rot90(x, turns, dims=(2, 3))
+    return F.avg_pool2d(x, 2) if halved else x
+
+
+def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):
     """Negative ELBO with a weighted KL term; returns (loss, mse, kl), each a scalar.
 
     mse is averaged over pixels (in [-1, 1]); kl is KL(q(z|x) || N(0, I)) in nats, summed over the latent
-    of one picture (Kingma & Welling, appendix B) and averaged over the batch; loss = mse + beta * kl.
+    of one picture (Kingma & Welling, appendix B) and averaged over the batch; loss = mse + beta * kl, and, if
+    weighted, + l1_weight * (mean absolute error) + ms_ssim_weight * (1 - MS-SSIM).
     """
     mse = F.mse_loss(x_hat, x)
     kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()
-    return mse + beta * kl, mse, kl
+    loss = mse + beta * kl
+    if l1_weight:
+        loss = loss + l1_weight * F.l1_loss(x_hat, x)
+    if ms_ssim_weight:
+        loss = loss + ms_ssim_weight * (1 - ms_ssim((x_hat + 1) / 2, (x + 1) / 2))
+    return loss, mse, kl
+
+
+def ms_ssim(a, b):
+    """Multi-scale structural similarity of pictures (B, C, H, W) in [0, 1] -> scalar, 1 if equal (Wang et al. 2003, Eq. 7).
+
+    Five scales, each half the one before; small pictures have only those that the window fits into, and the exponents
+    of these are scaled to the same sum of 1.
+    """
+    scales = 1
+    while scales < len(MS_SSIM_EXPONENTS) and min(a.shape[2:]) >> scales >= SSIM_WINDOW:
+        scales += 1
+    product = 1.0
+    for i, exponent in enumerate(MS_SSIM_EXPONENTS[:scales]):
+        ssim, structure = structural_similarity(a, b)
+        similarity = structure if i < scales - 1 else ssim  # brightness counts at the coarsest scale alone
+        product = product * similarity.clamp(min=1e-4) ** (
+            exponent / sum(MS_SSIM_EXPONENTS[:scales])
+        )  # no root of <= 0
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product.mean()
+
+
+def structural_similarity(a, b):
+    """SSIM of pictures (B, C, H, W) in [0, 1], and its factor without brightness, the mean over all places of the
+    window -> (B, C) each (Wang et al. 2004, Image quality assessment, Eq. 13)."""
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    brightness = (2 * mean_a * mean_b + SSIM_C1) / (mean_a**2 + mean_b**2 + SSIM_C1)
+    structure = (2 * cov + SSIM_C2) / (var_a + var_b + SSIM_C2)
+    return (brightness * structure).mean(dim=(2, 3)), structure.mean(dim=(2, 3))
+
+
+def blur(x):
+    """Means under a Gaussian window wherever it fits: (B, C, H, W) -> (B, C, H - 10, W - 10)."""
+    g = torch.exp(-0.5 * ((torch.arange(SSIM_WINDOW, device=x.device) - SSIM_WINDOW // 2) / SSIM_SIGMA) ** 2)
+    g = (g / g.sum()).to(x.dtype)
+    h = F.conv2d(F.conv2d(x.flatten(0, 1)[:, None], g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1))
+    return h.view(*x.shape[:2], *h.shape[2:])
+
+
+@torch.no_grad()
+def measure_latents(vae, batches):
+    """Set a VAE's latent_mean and latent_std to those of z, by channel, over all of batches: x (B, 3, H, W) in [-1, 1].
+
+    Exact and without a draw: E z = E mu, Var z = Var mu + E sigma^2. Until then they are 0 and 1, so that training in
+    float32 is the same with and without them; the weights around them stay, and what is decoded too.
+    """
+    vae.decoder.latent_mean.zero_()
+    vae.decoder.latent_std.fill_(1)
+    count, moments = 0, 0.0
+    for x in batches:
+        mu, log_var = vae.encode(x)
+        moments += torch.stack([mu, mu.square() + log_var.exp()]).mean(dim=(1, 3, 4)).cpu().double() * len(x)  # (2, C)
+        count += len(x)
+    mean, square = moments[:, :, None, None] / count  # (C, 1, 1) each
+    vae.decoder.latent_mean.copy_(mean)
+    vae.decoder.latent_std.copy_((square - mean**2).sqrt())
 
 
 @torch.no_grad()

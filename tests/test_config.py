@@ -47,6 +47,10 @@ def test_flags_override_the_stage_which_overrides_the_preset(capsys):
     assert (cfg.lr, cfg.block_out_channels, cfg.lr_schedule) == (0.5, (32, 64), "constant")
     assert args.run_dir.endswith("coco")
     assert parse_training_args("", "unet", ["--preset", "coco"])[0].lr_schedule == "cosine"
+    large = [
+        parse_training_args("", stage, ["--preset", "coco512", "--data_root", "x"])[0] for stage in ("vae", "unet")
+    ]
+    assert [c.lr_schedule for c in large] == ["constant", "cosine"] and large[0].grad_accumulation > 1
 
 
 @pytest.mark.parametrize("argv, preset, reason", [

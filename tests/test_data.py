@@ -1,6 +1,7 @@
 """Promises of data.py and scenes.py: the same pictures and captions everywhere, nothing skipped in silence."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from data import (
     Scenes,
     choose_captions,
     coco_records,
+    draw_views,
     folder_records,
     number_captions,
     open_dataset,
     read_pictures,
     read_square,
+    take_views,
 )
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint
 from training import show_progress
@@ -266,3 +269,62 @@ def test_captions_are_chosen_by_the_seed_among_those_of_their_picture():
     assert [owner[row] for row in rows] == index.tolist()
     place = rows - first_rows[index]
     assert all(set(place[index % 4 == k].tolist()) == set(range(n)) for k, n in enumerate((4, 1, 5, 2)))
+
+
+# ---- What training sees of a picture ----
+
+
+def numbered_pixels(count=6, size=12):
+    """Every pixel tells where it is from: its picture, row and column in the three channels."""
+    n, row, column = np.meshgrid(np.arange(count), np.arange(size), np.arange(size), indexing="ij")
+    return torch.from_numpy(np.stack([n, row, column], axis=1).astype(np.uint8))
+
+
+def test_views_are_the_crops_and_mirrorings_they_say():
+    pixels, index = numbered_pixels(), torch.tensor([5, 0, 3])
+    views = torch.tensor([[0, 4, 0], [2, 1, 1], [4, 0, 1]])
+    found = take_views(pixels, index, views, 8)
+    expected = [pixels[5, :, 0:8, 4:12], pixels[0, :, 2:10, 1:9].flip(2), pixels[3, :, 4:12, 0:8].flip(2)]
+    assert torch.equal(found, torch.stack(expected)) and found.dtype == torch.uint8
+    assert torch.equal(take_views(pixels, index, torch.zeros(3, 3, dtype=torch.long), 12), pixels[index])
+
+
+def test_views_are_a_function_of_the_seed_and_reach_every_crop():
+    cfg = SDConfig(random_crop=2, horizontal_flips=True)
+    torch.manual_seed(0)
+    views = draw_views(2000, cfg)
+    torch.manual_seed(0)
+    assert torch.equal(views, draw_views(2000, cfg))
+    seen, counts = views.unique(dim=0, return_counts=True)
+    assert len(seen) == 3 * 3 * 2 and counts.min() > 60
+    assert not draw_views(2000, SDConfig()).any()
+    assert draw_views(2000, SDConfig(random_crop=2))[:, 2].sum() == 0
+
+
+def test_only_training_pictures_are_larger_and_only_on_request(tmp_path):
+    cfg = coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(20)})
+    for margin in (0, 4):
+        train, held_out = open_dataset(cfg, margin)
+        sizes = [read_pictures(s, cfg, show_progress("read"))[0].shape[-1] for s in (train, held_out)]
+        assert sizes == [32 + margin, 32]
+    assert open_dataset(SDConfig(dataset="scenes", image_size=32), 4)[0][0].shape == (3, 36, 36)
+    with pytest.raises(UserError, match="--random_crop.*less than a quarter"):
+        SDConfig(image_size=32, random_crop=33)
+
+
+@pytest.mark.parametrize("used, expected", [(0, 5), (1, 1), (3, 3), (9, 5)])
+def test_the_first_captions_of_a_picture_are_used_as_many_as_asked_for(tmp_path, used, expected):
+    """COCO has five each; 0 stands for all."""
+    cfg = coco(tmp_path, {f"{i}.jpg": [f"caption {k}" for k in range(5)] for i in range(20)})
+    cfg = replace(cfg, captions_per_image=used)
+    for some in open_dataset(cfg):
+        _, captions = read_pictures(some, cfg, show_progress("read"))
+        assert all(c == [f"caption {k}" for k in range(expected)] for c in captions)
+
+
+def test_more_pictures_than_there_are_means_all(tmp_path):
+    """COCO's full 118k by --max_images 118287 or more; the held-out ones stay out."""
+    cfg = replace(coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(40)}), max_images=118_287)
+    train, held_out = open_dataset(cfg)
+    assert len(train) == 36 and len(held_out) == 4
+    assert len(read_pictures(train, cfg, show_progress("read"))[0]) == 36

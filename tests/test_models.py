@@ -90,6 +90,38 @@ def test_the_recipes_sizes():
     assert 20.5e6 <= parameters <= 21.5e6
 
 
+SIZES = {"coco64": (64, 4, 16), "coco": (128, 4, 16), "coco256": (256, 4, 32), "coco512": (512, 16, 32)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_size_has_the_levels_that_fit(name):
+    """Shapes through whole models on the meta device: latents of 16 or 32, U-Nets of 21M parameters down to 4 or 8."""
+    size, channels, side = SIZES[name]
+    cfg = SDConfig(**PRESETS[name])
+    assert (cfg.image_size, cfg.latent_channels, cfg.latent_size) == SIZES[name]
+    with torch.device("meta"), torch.no_grad():
+        vae, unet, t_ember = AutoencoderKL(cfg), UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
+        mu, log_var, x_hat = vae(torch.empty(2, 3, size, size))
+        seen = []
+        unet.mid_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+        eps = unet(mu, t_ember(torch.zeros(2)), torch.empty(2, cfg.text_length, cfg.text_dim))
+    assert mu.shape == log_var.shape == eps.shape == (2, channels, side, side) and x_hat.shape == (2, 3, size, size)
+    assert seen == [side // 4]
+    assert 20.5e6 <= sum(p.numel() for m in (unet, t_ember) for p in m.parameters()) <= 21.5e6
+    assert 3 * size**2 / mu[0].numel() == (12 if name == "coco64" else 48)
+
+
+def test_a_vae_of_five_levels_equals_diffusers():
+    """What coco512 has and no other preset, at a few channels."""
+    cfg = SDConfig(image_size=64, block_out_channels=(8, 8, 16, 16, 16), latent_channels=16, norm_num_groups=4)
+    ours, theirs, x = randomize(AutoencoderKL(cfg)), their_vae(cfg), torch.randn(1, 3, 64, 64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    with torch.no_grad():
+        mu = ours.encode(x)[0]
+        assert mu.shape == (1, 16, 4, 4) and (mu - theirs.encode(x).latent_dist.mean).abs().max() <= TOLERANCE
+        assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
+
+
 def test_the_unet_starts_by_predicting_nothing():
     """Zero-initialised output: the first loss is that of the zero prediction, whatever the input."""
     cfg = SDConfig(**PRESETS["demo"])
