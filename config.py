@@ -39,6 +39,8 @@ class SDConfig:
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
     max_images: int = setting(40_000, "training pictures: a fixed subset of what is there", low=1)
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
+    held_out_combinations: int = setting(0, "scenes: how many of the 480 combinations of subject, colour and place no training "
+                                         "scene shows, for evaluate.py to ask for", low=0, high=240)  # fmt: skip
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
     cache_dir: str = setting("data/prepared", "where decoded pictures and latents are kept for the next run; '' = in memory "
@@ -99,6 +101,8 @@ class SDConfig:
         for f in fields(self):
             _check_range(f, getattr(self, f.name))
         _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
+        _check(self.held_out_combinations == 0 or self.dataset == "scenes", "held_out_combinations",
+               f"dataset {self.dataset} has no known combinations", "leave it out, or give --dataset scenes")  # fmt: skip
         _check(self.time_dim % 8 == 0, "time_dim", f"{self.time_dim} is not a multiple of 8", "give one")
         _check(self.time_dim == 4 * self.unet_block_out_channels[0], "time_dim", "is not 4 x the first U-Net channels",
                f"give --time_dim {4 * self.unet_block_out_channels[0]}")  # fmt: skip
