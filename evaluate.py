@@ -77,6 +77,8 @@ def main():
     train_set, held_out_set = open_dataset(cfg)
     train, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
     held_out, captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
+    if len(train) < 2:
+        raise UserError(f"--run_dir {run_dir}: trained on one picture, whose variance is unknown; train on more")
     latents = encode(model, train[: max(2, LATENT_NUMBERS // latent_numbers(cfg))], "encode training pictures")
     held_out_latents = encode(model, held_out, "encode held-out pictures")
     seen, unseen = split_combinations(cfg.held_out_combinations)
@@ -151,6 +153,10 @@ def load_run(run_dir, args):
 # ---- Between the model and its measures -----------------------------------------------------------------
 
 
+def schedule(cfg):
+    return baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2]
+
+
 def latent_numbers(cfg):
     return cfg.latent_channels * cfg.latent_size**2
 
@@ -171,7 +177,7 @@ def caption_losses(model, latents, captions):
     differing only in the captions; picture i has the rows i, i + N, i + 2N ...
     """
     cfg, losses = model.cfg, {}
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].to(model.device)
+    alpha_bar = schedule(cfg).to(model.device)
     others = captions[1:] + captions[:1]  # the pictures are in no order, so the next one is any other
     for kind, texts in {"matched": captions, "shuffled": others, "empty": [""] * len(captions)}.items():
         seed_step(cfg.seed, 1)
@@ -184,21 +190,20 @@ def caption_losses(model, latents, captions):
 
 def noise_levels(t, cfg):
     """Times (N,) -> a, b: (N,) double with z_t = a z + b eps, and the name of what the U-Net predicts."""
-    alpha_bar = baab(cfg.timesteps, cfg.beta_start, cfg.beta_end)[2].double()[t]
+    alpha_bar = schedule(cfg).double()[t]
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), "epsilon"
 
 
 @torch.no_grad()
 def generate(model, prompts, first_seed, options, what):
     """One picture per prompt -> uint8 (N, 3, S, S), as a file would keep them, and their latents before decoding."""
-    alpha_bar = baab(model.cfg.timesteps, model.cfg.beta_start, model.cfg.beta_end)[2]
     pictures, latents, progress = [], [], Progress(len(prompts), what)
     hook = model.vae.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0].cpu()))
     for i in range(0, len(prompts), BATCH):
         part = prompts[i : i + BATCH]
         seeds = range(first_seed + i, first_seed + i + len(part))
         x = sample(model.unet, model.vae, model.t_embedder, model.text_encoder, part, num_samples=len(part),
-                   alpha_bar=alpha_bar, seeds=seeds, **options)  # fmt: skip
+                   alpha_bar=schedule(model.cfg), seeds=seeds, **options)  # fmt: skip
         if not x.isfinite().all():
             raise UserError("--run_dir: its U-Net gives values that are not numbers; train again with a lower --lr")
         pictures.append((255 * x).round().byte().cpu())
@@ -444,11 +449,8 @@ def loss_rows(results):
     yield "latent std", f"{vae['latent_std']:.3f}", f"mean {vae['latent_mean']:+.3f}"
     yield f"loss ({denoising['target']})", f"{denoising['mean']:.4f}", ""
     for kind in (kind for kind in ("white", "wiener") if denoising[kind]):
-        yield (
-            f"loss over {kind} bound",
-            f"{denoising[kind]['ratio']:.3f}",
-            f"1 is a loss of {denoising[kind]['bound']:.4f}",
-        )
+        bound = denoising[kind]
+        yield f"loss over {kind} bound", f"{bound['ratio']:.3f}", f"1 is a loss of {bound['bound']:.4f}"
     for kind, gap in results["captions"].items():
         error = "" if gap["standard_error"] is None else f"standard error {gap['standard_error']:.4f}"
         yield f"loss, {kind} - matched caption", f"{gap['gap']:+.4f}", error
