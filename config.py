@@ -42,6 +42,8 @@ class SDConfig:
         40_000, "training pictures: a fixed subset of what is there, or all if there are no more", low=1
     )
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
+    held_out_combinations: int = setting(0, "scenes: how many of the 480 combinations of subject, colour and place no training "
+                                         "scene shows, for evaluate.py to ask for", low=0, high=240)  # fmt: skip
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
     random_crop: int = setting(0, "pixels by which train_vae.py has its training pictures larger, to crop them at random at "
                                "each step; 0 = off", low=0)  # fmt: skip
@@ -136,6 +138,8 @@ class SDConfig:
         self._check_diffusion()
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
                "leave out --ema_warmup")  # fmt: skip
+        _check(self.held_out_combinations == 0 or self.dataset == "scenes", "held_out_combinations",
+               f"dataset {self.dataset} has no known combinations", "leave it out, or give --dataset scenes")  # fmt: skip
         _check(self.time_dim % 8 == 0, "time_dim", f"{self.time_dim} is not a multiple of 8", "give one")
         _check(self.time_dim == 4 * self.unet_block_out_channels[0], "time_dim", "is not 4 x the first U-Net channels",
                f"give --time_dim {4 * self.unet_block_out_channels[0]}")  # fmt: skip

@@ -31,7 +31,7 @@ import download
 import scenes
 from config import Parser, SDConfig, UserError, positive_int, printable
 from prepared import prepare
-from scenes import make_scene, paint
+from scenes import make_scene, paint, split_combinations
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -79,11 +79,14 @@ class Pictures(Dataset):
 
 
 class Scenes(Dataset):
-    """`count` painted scenes of one series. [i] -> uint8 array (3, S, S)."""
+    """`count` painted scenes of one series. [i] -> uint8 array (3, S, S). combinations: as in make_scene()."""
 
-    def __init__(self, series, count, image_size):
-        self.series, self.count, self.image_size = series, count, image_size
-        self.captions = [[make_scene(series, i).caption] for i in range(count)]
+    def __init__(self, series, count, image_size, combinations=None):
+        self.series, self.count, self.image_size, self.combinations = series, count, image_size, combinations
+        self.captions = [[self.scene(i).caption] for i in range(count)]
+
+    def scene(self, i):
+        return make_scene(self.series, i, self.combinations)
 
     def __len__(self):
         return self.count
@@ -92,10 +95,11 @@ class Scenes(Dataset):
         """What the arrays depend on, the painter itself included."""
         with open(scenes.__file__, "rb") as f:
             painter = hashlib.file_digest(f, "sha256").hexdigest()
-        return {"series": self.series, "painter": painter, "pillow": PIL.__version__}
+        allowed = "all" if self.combinations is None else fingerprint(sorted(self.combinations))
+        return {"series": self.series, "combinations": allowed, "painter": painter, "pillow": PIL.__version__}
 
     def __getitem__(self, i):
-        return to_array(paint(make_scene(self.series, i), self.image_size))
+        return to_array(paint(self.scene(i), self.image_size))
 
 
 def to_array(picture):
@@ -140,8 +144,9 @@ def open_dataset(cfg, margin=0):
     """
     larger = cfg.image_size + margin
     if cfg.dataset == "scenes":
-        return (Scenes(TRAIN_SERIES, cfg.max_images, larger),
-                Scenes(HELD_OUT_SERIES, cfg.held_out_images, cfg.image_size))  # fmt: skip
+        combinations, _ = split_combinations(cfg.held_out_combinations)
+        return (Scenes(TRAIN_SERIES, cfg.max_images, larger, combinations),
+                Scenes(HELD_OUT_SERIES, cfg.held_out_images, cfg.image_size, combinations))  # fmt: skip
     train, held_out = coco_splits(cfg) if cfg.dataset == "coco" else split(folder_records(cfg.data_root), cfg)
     return Pictures(train[: cfg.max_images], larger), Pictures(held_out, cfg.image_size)
 
@@ -329,6 +334,17 @@ def report_bad(bad, total, skip):
         raise UserError(f"--data_root: {len(bad)} of {total} pictures cannot be read ({shown}); replace them, or leave "
                         "them out with --skip_bad")  # fmt: skip
     print(f"left out {len(bad)} of {total} pictures that cannot be read ({shown})")
+
+
+@torch.no_grad()
+def encode_pictures(vae, pixels, device, progress):
+    """uint8 pictures (N, 3, S, S) -> mu, log_var: (N, C, s, s) each, on the CPU."""
+    found = []
+    for x in pixels.split(32):
+        found.append(torch.stack(vae.encode(x.to(device).float().div_(127.5).sub_(1.0))).cpu())
+        progress.update(len(x))
+    progress.close()
+    return torch.cat(found, dim=1)
 
 
 def fingerprint(*parts):

@@ -20,14 +20,25 @@ from torchvision.utils import make_grid
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int, printable
-from diffusion import configured_process, sample
+from data import encode_pictures, open_dataset, read_pictures
+from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
-from samplers import SAMPLERS, choose_sampler
+from metrics import latent_covariance
 from text_encoder import make_text_encoder
-from training import Progress, make_autocast, pick_device, png_bytes, run_script
+from training import (
+    Progress,
+    add_sampling_flags,
+    make_autocast,
+    pick_device,
+    png_bytes,
+    run_script,
+    sampling_options,
+    show_progress,
+)
 
 IMAGES_PER_BATCH = 32
 GRID_PICTURES = 100
+FITTED_PICTURES = 8192  # training pictures that --start fitted looks at
 MAX_SEED = 2**63 - 1
 READ_BY_EXPORT = ("export", "run_dir", "ema", "text_encoder")
 
@@ -42,20 +53,16 @@ def main():
     device = pick_device()
     cfg, model_name, vae, unet, t_embedder = load_models(run_dir, args.ema, device, args.vae)
     model_name += f", VAE: {printable(args.vae)}" if args.vae else ""
-    steps = args.steps or cfg.timesteps
-    if steps > cfg.timesteps and cfg.prediction_type != "flow":
-        print(f"error: --steps: {steps} is out of range; give 1 to {cfg.timesteps}", file=sys.stderr)
-        sys.exit(2)
-    process = configured_process(cfg)
-    try:
-        args.sampler = choose_sampler(cfg.prediction_type, args.sampler)
-    except ValueError as e:
-        print(f"error: --sampler: {e}", file=sys.stderr)
-        sys.exit(2)
+    options = sampling_options(args, cfg)
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     check_text_encoder(run_dir, text_encoder)
     autocast = make_autocast(device, args.mixed_precision)
+    process = configured_process(cfg)
+    if args.start == "fitted":
+        options["start"] = fitted_start(*latent_statistics(vae, cfg, device), process)
+    if args.size:
+        options["size"] = check_size(args.size, vae, unet)
 
     out = args.out or os.path.join(run_dir, "samples")
     os.makedirs(out, exist_ok=True)
@@ -65,21 +72,17 @@ def main():
         for first in range(0, args.num_images, IMAGES_PER_BATCH):
             seeds = [args.seed + k for k in range(first, min(first + IMAGES_PER_BATCH, args.num_images))]
             with autocast():
-                x = sample(unet, vae, t_embedder, text_encoder, prompt, steps, len(seeds),
-                           process=process, sampler=args.sampler, seeds=seeds).cpu()  # fmt: skip
+                x = sample(unet, vae, t_embedder, text_encoder, prompt, num_samples=len(seeds),
+                           process=process, seeds=seeds, **options).cpu()  # fmt: skip
             for image, seed in zip(x, seeds):
                 if not image.isfinite().all():
                     raise UserError(f"{model_name}: gives values that are not numbers; train again with a lower --lr")
-                save_png(
-                    out, prompt, f"seed{seed}", image, parameters(prompt, steps, args.sampler, seed, image, model_name)
-                )
+                save_png(out, prompt, f"seed{seed}", image, parameters(prompt, options, seed, image, model_name))
             images.append(x[: max(0, GRID_PICTURES - first)])  # of a thousand pictures the grid shows the first
             progress.update(len(seeds))
         images = torch.cat(images)
         grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))))
-        path = save_png(
-            out, prompt, "grid", grid, parameters(prompt, steps, args.sampler, args.seed, images[0], model_name)
-        )
+        path = save_png(out, prompt, "grid", grid, parameters(prompt, options, args.seed, images[0], model_name))
         print(f"wrote {args.num_images} pictures of {prompt!r}, and {path}")
     progress.close()
 
@@ -91,9 +94,12 @@ def parse_args():
     what.add_argument("--export", metavar="DIR", help="make no pictures, but a folder that diffusers opens; goes with "
                       "--run_dir, --ema and --text_encoder")  # fmt: skip
     parser.add_argument("--num_images", type=positive_int, default=4, help="pictures per prompt (default: 4)")
-    parser.add_argument("--steps", type=positive_int, help="denoising steps, at most the T of training (default: T)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm, ddim or dpmpp_2m; for flow matching euler or heun "
-                        "(default: ddpm, euler)")  # fmt: skip
+    add_sampling_flags(parser)
+    parser.add_argument("--start", choices=("noise", "fitted"), default="noise", help="fitted: the Gaussian that the forward "
+                        "process of the training data ends in, for schedules that leave signal; needs the training pictures "
+                        "(default: noise)")  # fmt: skip
+    parser.add_argument("--size", type=positive_int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                        help="of the pictures, in pixels (default: as in training)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
     parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"), default="auto",
                         help="bf16 autocast; auto: where the processor computes in it (default: auto)")  # fmt: skip
@@ -112,11 +118,32 @@ def parse_args():
     return args
 
 
-def parameters(prompt, steps, sampler, seed, image, model_name):
-    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, then one line of settings."""
-    size = f"{image.shape[2]}x{image.shape[1]}"
-    return (f"{' '.join(prompt.split())}\nSteps: {steps}, Sampler: {sampler.upper()}, CFG scale: 1, Seed: {seed}, "
-            f"Size: {size}, Model: {model_name}")  # fmt: skip
+def latent_statistics(vae, cfg, device):
+    """Mean (D,) and covariance (D, D) of the latents of the pictures that the run was trained on, which must be there."""
+    pixels, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read training pictures"))
+    pixels = pixels[:FITTED_PICTURES]
+    mu, log_var = encode_pictures(vae, pixels, device, Progress(len(pixels), "encode pictures"))
+    return mu.double().flatten(1).mean(dim=0), latent_covariance(mu, log_var)
+
+
+def check_size(size, vae, unet):
+    """(height, width) if the models can make such pictures; else ends with code 2 and one line."""
+    try:
+        latent_shape(unet, vae, size)
+    except ValueError as e:
+        print(f"error: --size: {e}; give others", file=sys.stderr)
+        sys.exit(2)
+    return tuple(size)
+
+
+def parameters(prompt, options, seed, image, model_name):
+    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, the negative one, then one line of settings."""
+    lines = [" ".join(prompt.split())]
+    if options["negative_prompt"]:
+        lines.append(f"Negative prompt: {' '.join(options['negative_prompt'].split())}")
+    lines.append(f"Steps: {options['num_steps']}, Sampler: {options['sampler'].upper()}, CFG scale: "
+                 f"{options['guidance_scale']:g}, Seed: {seed}, Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}")  # fmt: skip
+    return "\n".join(lines)
 
 
 def save_png(folder, prompt, ending, image, text):

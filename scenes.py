@@ -13,9 +13,12 @@ Coordinates: a subject is painted in a box x, y in [-1, 1], y pointing down, its
 a place is painted in [0, 1] x [0, 1].
 """
 
+import hashlib
+import itertools
 import random
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 from PIL import Image, ImageDraw
 
@@ -52,13 +55,17 @@ class Scene:
     decoration: int  # seed of the place's random details
 
 
-def make_scene(seed, index):
-    """Scene `index` of the endless series `seed`; any integers."""
+def make_scene(seed, index, combinations=None):
+    """Scene `index` of the endless series `seed`; any integers.
+
+    combinations: a set of (subject, colour, place), the only ones that may be painted; None: all. What is drawn is
+    thrown away until it is one of them, so a scene that is allowed anyway is the same with or without the set.
+    """
     rng = random.Random(f"scene {seed} {index}")
-    subject, colour, place = (rng.choice(list(table)) for table in (SUBJECTS, COLOURS, PLACES))
-    _, usual_colour, usual_place = SUBJECTS[subject]
-    colour_said, place_said = rng.random() >= OMIT_COLOUR, rng.random() >= OMIT_PLACE
-    colour, place = colour if colour_said else usual_colour, place if place_said else usual_place
+    while True:
+        subject, colour, place, colour_said, place_said = _draw_attributes(rng)
+        if combinations is None or (subject, colour, place) in combinations:
+            break
     brightness, warmth = rng.uniform(0.88, 1.06), rng.uniform(-0.04, 0.04)
     return Scene(
         subject,
@@ -72,6 +79,30 @@ def make_scene(seed, index):
         light=(brightness * (1 + warmth), brightness, brightness * (1 - warmth)),
         decoration=rng.getrandbits(32),
     )
+
+
+def _draw_attributes(rng):
+    """-> subject, colour, place as they are painted, and whether the caption says the colour and the place."""
+    subject, colour, place = (rng.choice(list(table)) for table in (SUBJECTS, COLOURS, PLACES))
+    _, usual_colour, usual_place = SUBJECTS[subject]
+    colour_said, place_said = rng.random() >= OMIT_COLOUR, rng.random() >= OMIT_PLACE
+    colour, place = colour if colour_said else usual_colour, place if place_said else usual_place
+    return subject, colour, place, colour_said, place_said
+
+
+@cache
+def split_combinations(held_out):
+    """All (subject, colour, place), in two frozensets: those to train on, and `held_out` others.
+
+    Which ones is decided by a hash of the three words alone, and a larger number holds out the same ones and more. A
+    subject in its usual colour at its usual place is never held out: captions that say neither colour nor place mean it.
+    """
+    every = list(itertools.product(SUBJECTS, COLOURS, PLACES))
+    free = [c for c in every if c[1:] != SUBJECTS[c[0]][1:]]
+    if held_out > len(free):
+        raise ValueError(f"{held_out} of {len(free)} combinations cannot be held out")
+    chosen = sorted(free, key=lambda c: hashlib.sha256(" ".join(c).encode()).digest())[:held_out]
+    return frozenset(every) - frozenset(chosen), frozenset(chosen)
 
 
 def full_caption(subject, colour, place):

@@ -22,7 +22,7 @@ from data import (
     read_square,
     take_views,
 )
-from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint
+from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint, split_combinations
 from training import show_progress
 
 
@@ -93,6 +93,75 @@ def test_the_same_scene_at_two_sizes_is_the_same_picture():
 def test_training_and_held_out_scenes_differ(tiny):
     train, held_out = open_dataset(tiny)
     assert not any(np.array_equal(train[i], held_out[i]) for i in range(8))
+
+
+# ---- Combinations kept out of training ----
+
+
+def attributes(scene):
+    return scene.subject, scene.colour, scene.place
+
+
+def said_or_usual(caption):
+    """Read (subject, colour, place) off a caption, what it leaves out being the usual one: a reader of its own."""
+    (subject,) = (s for s in SUBJECTS if s in caption)
+    colour = next((c for c in COLOURS if f" {c} " in f" {caption} "), SUBJECTS[subject][1])
+    return subject, colour, next((p for p in PLACES if p in caption), SUBJECTS[subject][2])
+
+
+def test_combinations_held_out_are_those_promised():
+    every = {(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES}
+    assert len(every) == 480, "the help of --held_out_combinations says 480"
+    for count in (0, 1, 48, 240):
+        seen, held_out = split_combinations(count)
+        assert len(held_out) == count and seen | held_out == every and not seen & held_out
+    few, many = split_combinations(48)[1], split_combinations(240)[1]
+    assert few < many
+    assert not many & {(s, colour, place) for s, (_, colour, place) in SUBJECTS.items()}
+    for column, table in enumerate((SUBJECTS, COLOURS, PLACES)):  # every word is still trained on, with most others
+        assert {c[column] for c in every - many} == set(table)
+    assert len({c[:2] for c in every - few}) == 80 and len({c[1:] for c in every - few}) == 48
+    assert sorted(few)[:2] == PINNED_COMBINATIONS, "another split is another experiment, and must be meant"
+    with pytest.raises(ValueError):
+        split_combinations(471)
+
+
+PINNED_COMBINATIONS = [("balloon", "blue", "in the desert"), ("balloon", "blue", "in the snow")]
+
+
+def test_training_scenes_show_no_combination_that_is_held_out():
+    """Judged by what is painted and by what a caption means, whatever it leaves unsaid; as many scenes as asked for."""
+    seen, held_out = split_combinations(48)
+    cfg = SDConfig(dataset="scenes", held_out_combinations=48, max_images=3000, held_out_images=300)
+    for dataset in open_dataset(cfg):
+        scenes = [dataset.scene(i) for i in range(len(dataset))]
+        assert [[s.caption] for s in scenes] == dataset.captions
+        assert not {attributes(s) for s in scenes} & held_out
+        assert {said_or_usual(s.caption) for s in scenes} <= seen
+    assert [len(d) for d in open_dataset(cfg)] == [3000, 300]
+    assert {attributes(make_scene(9, i, held_out)) for i in range(2000)} == held_out
+
+
+def test_holding_out_combinations_changes_no_other_scene():
+    seen, held_out = split_combinations(48)
+    replaced = 0
+    for i in range(2000):
+        plain, restricted = make_scene(3, i), make_scene(3, i, seen)
+        assert restricted == make_scene(3, i, seen)
+        assert (restricted == plain) == (attributes(plain) in seen)
+        replaced += restricted != plain
+    assert 50 < replaced < 300  # of 2000, 48 in 480
+    assert open_dataset(SDConfig(dataset="scenes", max_images=9))[0].captions == Scenes(0, 9, 32).captions
+
+
+def test_prepared_scenes_are_not_taken_for_those_of_another_split():
+    keys = [str(Scenes(0, 4, 32, split_combinations(n)[0]).key()) for n in (0, 1, 48)]
+    assert len(set(keys)) == 3
+
+
+def test_photographs_have_no_combinations():
+    with pytest.raises(UserError, match="--held_out_combinations.*coco"):
+        SDConfig(held_out_combinations=48)
 
 
 # ---- COCO ----

@@ -10,7 +10,6 @@ import torch
 from conftest import TINY, assert_one_line_error, flags, forge, run_script
 from PIL import Image
 
-import evaluate
 from config import SDConfig
 from diffusion import baab, sample
 from text_encoder import WordHashTextEncoder
@@ -229,34 +228,6 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, run_here):
     result = run_here("train_vae.py", "--preset", "demo", "--run_dir", "run", *flags(TINY | {"lr": 1e9}), cwd=tmp_path)
     assert_one_line_error(result, 1, "--lr", "step")
     assert not list((tmp_path / "run").glob("vae_ckpt_epoch?.pth"))
-
-
-def test_evaluate_measures_and_leaves_the_run_alone(tiny_run, tmp_path, run_here, monkeypatch):
-    monkeypatch.setattr(evaluate, "CLASSIFIER_SCENES", 2048)  # a quarter of the training, for a weaker judge in seconds
-    shutil.copytree(tiny_run / "run", tmp_path / "run")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    result = run_here("evaluate.py", "--run_dir", "run", "--num_prompts", 4, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert 0 < figures["vae"]["mse"] < 2 and len(figures["denoising"]["by_timestep"]) == 10
-    assert figures["prompts"]["real"]["all"] > 0.3 and 0 <= figures["prompts"]["generated"]["all"] <= 1
-    after = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    assert after | before == after and "evaluation_samples.png" in after
-
-
-def test_accuracy_counts_what_is_right():
-    """A judge that reads the labels off the picture itself: all right for its own labels, by attribute for others."""
-
-    class Judge:
-        def __call__(self, x):
-            return [torch.nn.functional.one_hot(x[:, i, 0, 0].long(), 20).float() for i in range(3)]
-
-    labels = torch.tensor([[1, 2, 3], [4, 5, 0], [7, 0, 1], [9, 1, 5]])
-    x = labels[:, :, None, None].float()
-    assert evaluate.accuracy(Judge(), [x[:2], x[2:]], labels) == {"subject": 1, "colour": 1, "place": 1, "all": 1}
-    wrong = labels.clone()
-    wrong[0, 0], wrong[1, 1] = 0, 0
-    assert evaluate.accuracy(Judge(), [x], wrong) == {"subject": 0.75, "colour": 0.75, "place": 1, "all": 0.5}
 
 
 @pytest.mark.slow
