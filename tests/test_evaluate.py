@@ -1,5 +1,6 @@
 """Promises of metrics.py and evaluate.py: each measure against something independent, and the script from outside."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from PIL import Image
 import evaluate
 import metrics
 from config import SDConfig
-from diffusion import baab, sample
+from diffusion import baab, configured_process, sample
 from text_encoder import WordHashTextEncoder
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
@@ -259,14 +260,14 @@ def test_the_conditioning_gap_is_what_the_caption_tells():
 def test_generated_latents_are_those_of_the_pictures(tiny):
     parts = [m.eval() for m in (AutoencoderKL(tiny), UNetLatent(tiny), TimeEmbedding(tiny.time_dim))]
     text_encoder = WordHashTextEncoder(tiny.text_dim, tiny.text_length)
-    model = evaluate.Model(tiny, *parts, text_encoder, torch.device("cpu"))
+    model = evaluate.Model(tiny, *parts, text_encoder, torch.device("cpu"), contextlib.nullcontext)
     options = {"num_steps": 3, "sampler": "ddpm"}
     prompts = ["a cat"] * evaluate.BATCH + ["a dog"]
     pictures, z = evaluate.generate(model, prompts, 5, options, "generate")
     decoded = (255 * (parts[0].decoder(z).clamp(-1, 1) + 1) / 2).round()
     assert pictures.shape == (33, 3, 32, 32) and (pictures - decoded).abs().max() <= 1
-    alpha_bar = baab(tiny.timesteps, tiny.beta_start, tiny.beta_end)[2]
-    alone = sample(*(parts[1], parts[0], parts[2]), text_encoder, "a dog", 3, 1, alpha_bar=alpha_bar, seeds=[37])
+    process = configured_process(tiny)
+    alone = sample(*(parts[1], parts[0], parts[2]), text_encoder, "a dog", 3, 1, process=process, seeds=[37])
     assert (pictures[32] - 255 * alone[0]).abs().max() <= 1
     assert not parts[0].decoder._forward_pre_hooks
 

@@ -1,15 +1,18 @@
 """Promises of the scripts, from outside: the documented commands, their files, their answers to mistakes."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_one_line_error, flags, forge, run_script
 from PIL import Image
 
+import evaluate
 from config import SDConfig
 from diffusion import baab, sample
 from text_encoder import WordHashTextEncoder
@@ -161,6 +164,73 @@ def test_many_pictures_are_all_written_and_the_grid_shows_the_first(tiny_run, tm
     with Image.open(tmp_path / "out/x_grid.png") as grid, Image.open(tmp_path / "out/x_seed99.png") as last:
         assert grid.size == (10 * 34 + 2, 10 * 34 + 2)
         assert grid.crop((9 * 34 + 2, 9 * 34 + 2, 340, 340)).tobytes() == last.tobytes()
+
+
+def pixels_of(run_here, cwd, out, *argv):
+    """The picture that sample.py makes of a prompt with these flags, as an array, and its `parameters`."""
+    command = ["--run_dir", "run", "--prompt", "a red bus", "--num_images", 1, "--out", out, *argv]
+    result = run_here("sample.py", *command, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    with Image.open(out / "a-red-bus_seed0.png") as image:
+        return np.asarray(image).astype(int), image.text["parameters"]
+
+
+def test_guidance_negative_prompt_sampler_and_start_change_the_picture_and_are_written_down(
+    tiny_run, tmp_path, run_here
+):
+    flag_sets = {
+        "plain": [], "guided": ["--guidance_scale", 5], "negative": ["--guidance_scale", 5, "--negative_prompt", "a dog"],
+        "never": ["--guidance_scale", 5, "--guidance_interval", 0, 0], "ddim": ["--sampler", "ddim"],
+        "2m": ["--sampler", "dpmpp_2m"], "eta": ["--sampler", "ddim", "--eta", 1], "fitted": ["--start", "fitted"],
+    }  # fmt: skip
+    found = {k: pixels_of(run_here, tiny_run, tmp_path / k, "--steps", 5, *v) for k, v in flag_sets.items()}
+    pixels = {k: v[0] for k, v in found.items()}
+    assert (pixels["plain"] == pixels["never"]).all()  # an interval without a step is no guidance
+    different = [k for k in pixels if k != "never"]
+    for a, b in itertools.combinations(different, 2):
+        assert (pixels[a] != pixels[b]).any(), (a, b)
+    assert "CFG scale: 5" in found["guided"][1] and "Sampler: DPMPP_2M" in found["2m"][1]
+    assert found["negative"][1].splitlines()[1] == "Negative prompt: a dog"
+
+
+def test_pictures_of_another_size(tiny_run, tmp_path, run_here):
+    pixels, text = pixels_of(run_here, tiny_run, tmp_path / "out", "--steps", 2, "--size", 48, 64)
+    assert pixels.shape == (48, 64, 3) and "Size: 64x48" in text
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--guidance_scale", "nan"], "--guidance_scale"), (["--guidance_scale", "inf"], "--guidance_scale"),
+    (["--guidance_interval", "0.5", "0.2"], "--guidance_interval"), (["--guidance_interval", "0", "nan"], "--guidance_interval"),
+    (["--negative_prompt", "x"], "--negative_prompt"), (["--eta", "1"], "--eta"), (["--sampler", "ddim", "--eta", "nan"], "--eta"),
+    (["--sampler", "heun"], "choose from ddpm"), (["--size", "33", "32"], "--size"), (["--size", "0", "32"], "--size"),
+])  # fmt: skip
+def test_sampling_flags_that_do_not_fit_are_refused(tiny_run, argv, word, run_here):
+    assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)
+
+
+@pytest.mark.parametrize("scale", ["-3", "0", "1e9"])
+def test_any_finite_guidance_gives_a_picture(tiny_run, tmp_path, run_here, scale):
+    pixels, _ = pixels_of(run_here, tiny_run, tmp_path / "out", "--steps", 3, "--guidance_scale", scale)
+    assert pixels.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("settings, sampler", [
+    ({"prediction_type": "flow", "caption_dropout": 0.1, "ema_warmup": True}, "EULER"),
+    ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "DDPM"),
+    ({"beta_schedule": "cosine", "min_snr_gamma": 5.0, "ema_sigma_rel": 0.1}, "DDPM")])  # fmt: skip
+def test_other_processes_train_sample_and_are_measured(tmp_path, run_here, monkeypatch, settings, sampler):
+    monkeypatch.setattr(evaluate, "CLASSIFIER_SCENES", 512)
+    command = ["--preset", "demo", "--run_dir", "run", *flags(TINY | {"num_epochs": 1})]
+    assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
+    trained = run_here("train_unet.py", *command, *flags(settings), cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    _, text = pixels_of(run_here, tmp_path, tmp_path / "out", "--steps", 4)
+    assert f"Sampler: {sampler}" in text
+    measured = run_here("evaluate.py", "--run_dir", "run", "--num_prompts", 4, "--steps", 4, cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    figures = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert figures["denoising"]["target"] == settings.get("prediction_type", "epsilon")
+    assert figures["denoising"]["white"]["ratio"] > 0.5
 
 
 def test_odd_prompts_become_tame_file_names(tiny_run, tmp_path, run_here):
