@@ -325,6 +325,13 @@ def test_samples_of_any_shape_guided_by_every_sampler(models, tiny, name, proces
     assert (x[1:] - sample(*models, "a red bus", 4, 1, seeds=[4], **options)).abs().max() < 1e-4
 
 
+def test_eta_and_the_name_of_the_sampler_reach_the_samplers(models):
+    """From the same noise: the samplers differ, and so does ddim with fresh noise from ddim without."""
+    choices = ({"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "dpmpp_2m"})
+    pictures = [sample(*models, "a cat", 5, 1, seeds=[0], process=make_process("epsilon", 20), **c) for c in choices]
+    assert all((x - y).abs().max() > 1e-4 for i, x in enumerate(pictures) for y in pictures[:i])
+
+
 def test_pictures_are_decoded_a_bounded_number_of_pixels_at_a_time(models, monkeypatch):
     whole = sample(*models, "a cat", 2, 5, seeds=range(5))
     sizes, decoder = [], models[1].decoder
