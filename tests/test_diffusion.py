@@ -381,3 +381,14 @@ def test_every_target_trains_and_makes_pictures(tiny_run, tmp_path, run_here, se
     assert f"Sampler: {sampler.upper()}" in (tmp_path / "out" / "a-red-car_seed0_2.png").read_bytes().decode("latin-1")
     wrong = run_here("sample.py", *shown, "--sampler", "ddpm" if "flow" in settings.values() else "euler", cwd=tmp_path)
     assert_one_line_error(wrong, 2, "--sampler", "choose from")
+
+
+def test_weights_and_caption_dropout_reach_the_training(tiny_run, tmp_path, run_here):
+    """Everything else being equal, to the last random number, each changes the weights that two steps lead to."""
+    trained = []
+    for settings in ({}, {"min_snr_gamma": 1.0}, {"caption_dropout": 1.0}):
+        shutil.copytree(tiny_run / "run", tmp_path / "run", dirs_exist_ok=True)
+        command = ["--preset", "demo", "--run_dir", "run", "--overwrite", "--max_steps", 2, *flags(TINY | settings)]
+        assert run_here("train_unet.py", *command, cwd=tmp_path).returncode == 0
+        trained.append(torch.load(tmp_path / "run/unet_ckpt1.pth", weights_only=True))
+    assert all(any(not torch.equal(other[k], trained[0][k]) for k in other) for other in trained[1:])
