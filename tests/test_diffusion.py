@@ -324,6 +324,13 @@ def test_samples_of_any_shape_guided_by_every_sampler(models, tiny, name, proces
     assert (x[1:] - sample(*models, "a red bus", 4, 1, seeds=[4], **options)).abs().max() < 1e-4
 
 
+def test_eta_and_the_name_of_the_sampler_reach_the_samplers(models):
+    """From the same noise: the samplers differ, and so does ddim with fresh noise from ddim without."""
+    choices = ({"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "dpmpp_2m"})
+    pictures = [sample(*models, "a cat", 5, 1, seeds=[0], process=make_process("epsilon", 20), **c) for c in choices]
+    assert all((x - y).abs().max() > 1e-4 for i, x in enumerate(pictures) for y in pictures[:i])
+
+
 def test_pictures_are_decoded_a_bounded_number_of_pixels_at_a_time(models, monkeypatch):
     whole = sample(*models, "a cat", 2, 5, seeds=range(5))
     sizes, decoder = [], models[1].decoder
@@ -373,3 +380,14 @@ def test_every_target_trains_and_makes_pictures(tiny_run, tmp_path, run_here, se
     assert f"Sampler: {sampler.upper()}" in (tmp_path / "out" / "a-red-car_seed0_2.png").read_bytes().decode("latin-1")
     wrong = run_here("sample.py", *shown, "--sampler", "ddpm" if "flow" in settings.values() else "euler", cwd=tmp_path)
     assert_one_line_error(wrong, 2, "--sampler", "choose from")
+
+
+def test_weights_and_caption_dropout_reach_the_training(tiny_run, tmp_path, run_here):
+    """Everything else being equal, to the last random number, each changes the weights that two steps lead to."""
+    trained = []
+    for settings in ({}, {"min_snr_gamma": 1.0}, {"caption_dropout": 1.0}):
+        shutil.copytree(tiny_run / "run", tmp_path / "run", dirs_exist_ok=True)
+        command = ["--preset", "demo", "--run_dir", "run", "--overwrite", "--max_steps", 2, *flags(TINY | settings)]
+        assert run_here("train_unet.py", *command, cwd=tmp_path).returncode == 0
+        trained.append(torch.load(tmp_path / "run/unet_ckpt1.pth", weights_only=True))
+    assert all(any(not torch.equal(other[k], trained[0][k]) for k in other) for other in trained[1:])
