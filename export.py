@@ -49,6 +49,10 @@ def export_run(folder, run_dir, ema=False, source=None):
     cfg, name, vae, unet, t_embedder = load_models(run_dir, ema, torch.device("cpu"))
     encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
     with_clip = isinstance(encoder, ClipTextEncoder)
+    pipeline = with_clip and cfg.prediction_type != "flow"  # which StableDiffusionPipeline does not drive
+    if cfg.normalize_latents:
+        raise UserError("--export: diffusers' pipeline knows no latents that are normalised by channel; train without "
+                        "--normalize_latents")  # fmt: skip
     with whole_folder(folder) as new:
         unet_weights = plain_weights(unet)
         unet_weights |= {f"time_embedding.{k}": v for k, v in plain_weights(t_embedder).items()}
@@ -57,12 +61,13 @@ def export_run(folder, run_dir, ema=False, source=None):
         write_json(os.path.join(new, "scheduler", "scheduler_config.json"), scheduler_config(cfg))
         if with_clip:
             write_clip(new, encoder)
-            write_json(os.path.join(new, "model_index.json"), MODEL_INDEX)
         else:
             write_file(os.path.join(new, "text_encoder.py"), read_file(text_encoder.__file__, most=1 << 20))
+        if pipeline:
+            write_json(os.path.join(new, "model_index.json"), MODEL_INDEX)
         card = model_card(cfg, run_dir, name, vae, unet_weights, with_clip)
         write_file(os.path.join(new, "README.md"), card.encode())
-    return "StableDiffusionPipeline" if with_clip else "AutoencoderKL and UNet2DConditionModel"
+    return "StableDiffusionPipeline" if pipeline else "AutoencoderKL and UNet2DConditionModel"
 
 
 # ---- Files ----------------------------------------------------------------------------------------------
@@ -153,19 +158,30 @@ def unet_config(cfg):
 
 
 def noise_schedule(cfg):
-    """What the U-Net was trained on. A table that diffusers has no name for would be "trained_betas": [...] here."""
+    """What the U-Net was trained on."""
+    if cfg.prediction_type == "flow":
+        return {"num_train_timesteps": cfg.timesteps, "shift": 1.0}
+    scale = 1000 / cfg.timesteps if cfg.scale_betas else 1.0
     return {
-        "num_train_timesteps": cfg.timesteps, "prediction_type": "epsilon",
-        "beta_schedule": "linear", "beta_start": cfg.beta_start, "beta_end": cfg.beta_end,
+        "num_train_timesteps": cfg.timesteps, "prediction_type": cfg.prediction_type,
+        "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[cfg.beta_schedule],
+        "beta_start": scale * cfg.beta_start, "beta_end": scale * cfg.beta_end,
+        "rescale_betas_zero_snr": cfg.rescale_betas_zero_snr,
     }  # fmt: skip
 
 
 def scheduler_config(cfg):
-    """Our ddpm() with all T steps: fixed_large is sigma_t^2 = beta_t.
+    """Our ddpm() with all T steps: fixed_large is sigma_t^2 = beta_t. For flow matching our euler().
 
     trailing starts at T - 1, as spaced_timesteps() does; leading would ask for step T, which is none. The pipeline
     complains of any other steps_offset than 1, which trailing does not read.
     """
+    if cfg.prediction_type == "flow":
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "_diffusers_version": DIFFUSERS,
+            **noise_schedule(cfg),
+        }
     return {
         "_class_name": "DDPMScheduler", "_diffusers_version": DIFFUSERS, **noise_schedule(cfg),
         "variance_type": "fixed_large", "clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1,
@@ -185,6 +201,29 @@ pipe = StableDiffusionPipeline(  # from this folder
     DDPMScheduler.from_pretrained("scheduler"), None, None, requires_safety_checker=False)
 text_encoder = WordHashTextEncoder({dim}, {length})
 prompt = {{"prompt_embeds": text_encoder([{prompt!r}] * 4)}}
+"""
+
+FLOW_WITH_CLIP = """\
+tokenizer, text_model = CLIPTokenizer.from_pretrained("tokenizer"), CLIPTextModel.from_pretrained("text_encoder")
+ids = tokenizer([{prompt!r}] * 4, padding="max_length", max_length={length}, truncation=True, return_tensors="pt").input_ids
+prompt_embeds = text_model(ids).last_hidden_state
+"""
+
+FLOW_WITH_HASH = """\
+prompt_embeds = WordHashTextEncoder({dim}, {length})([{prompt!r}] * 4)
+"""
+
+FLOW = """\
+vae, unet = AutoencoderKL.from_pretrained("vae"), UNet2DConditionModel.from_pretrained("unet")
+scheduler, steps = FlowMatchEulerDiscreteScheduler.from_pretrained("scheduler"), {steps}
+scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(4)])
+with torch.no_grad():  # the noise of `sample.py --seed 0`
+    for t in scheduler.timesteps:
+        z = scheduler.step(unet(z, t, prompt_embeds).sample, t, z).prev_sample
+    images = (vae.decode(z).sample.clamp(-1, 1) + 1) / 2  # (4, 3, H, W)
+to_pil_image(images[0]).save("picture.png")
 """
 
 SAMPLE = """\
@@ -254,13 +293,19 @@ def count(weights):
 
 def snippet(cfg, with_clip):
     """Code that makes pictures when it is run in the exported folder."""
+    values = {"prompt": printable(cfg.sample_prompts[0]), "dim": cfg.text_dim, "length": cfg.text_length}
+    values |= {"steps": cfg.timesteps, "few": min(20, (cfg.timesteps + 1) // 2)}
+    ours = "from text_encoder import WordHashTextEncoder  # the file in this folder"
+    if cfg.prediction_type == "flow":
+        lines = ["import torch", "from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel",
+                 "from torchvision.transforms.functional import to_pil_image"]  # fmt: skip
+        lines += ["from transformers import CLIPTextModel, CLIPTokenizer"] if with_clip else [ours]
+        return "\n".join(lines) + "\n\n" + ((FLOW_WITH_CLIP if with_clip else FLOW_WITH_HASH) + FLOW).format(**values)
     classes = ["StableDiffusionPipeline", "DPMSolverMultistepScheduler"]
     classes += [] if with_clip else ["AutoencoderKL", "DDPMScheduler", "UNet2DConditionModel"]
     lines = ["import torch", f"from diffusers import {', '.join(sorted(classes))}"]
-    lines += [] if with_clip else ["from text_encoder import WordHashTextEncoder  # the file in this folder"]
+    lines += [] if with_clip else [ours]
     body = (OPEN_PIPELINE if with_clip else OPEN_MODELS) + SAMPLE
-    values = {"prompt": printable(cfg.sample_prompts[0]), "dim": cfg.text_dim, "length": cfg.text_length}
-    values |= {"steps": cfg.timesteps, "few": min(20, (cfg.timesteps + 1) // 2)}
     return "\n".join(lines) + "\n\n" + body.format(**values)
 
 

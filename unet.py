@@ -1,7 +1,7 @@
 """The denoiser: a U-Net on latents, told the noise level by an embedding and the caption by cross-attention.
 
 What it is not: it knows no noise schedule, no guidance and no text encoder; it maps (z_t, embedded t,
-embedded caption) to a prediction of the noise in z_t.
+embedded caption) to a prediction: of the noise in z_t, or of what else diffusion.py trains it to tell.
 
 Papers:
   Ronneberger et al. 2015, U-Net (arXiv 1505.04597)
@@ -242,7 +242,7 @@ class UpBlock(nn.Module):
 
 
 class UNetLatent(nn.Module):
-    """Predicts the noise eps in z_t (DDPM, section 3.2).
+    """Predicts the noise eps in z_t (DDPM, section 3.2), or what else it is trained to tell.
 
     z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from
     TimeEmbedding; text_emb: (B, L, text_dim) -> eps: shape of z.

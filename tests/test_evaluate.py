@@ -321,7 +321,8 @@ def test_evaluate_measures_and_leaves_the_run_alone(tiny_run, tmp_path, run_here
     figures = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert 0 < figures["vae"]["mse"] < 2 and len(figures["denoising"]["by_timestep"]) == 10
     assert figures["denoising"]["wiener"]["bound"] < figures["denoising"]["white"]["bound"]
-    assert figures["sampling"] == {"num_steps": 5, "sampler": "ddpm", "pictures": 4}
+    asked = {"num_steps": 5, "sampler": "ddpm", "guidance_scale": 1.0, "pictures": 4}
+    assert figures["sampling"] | asked == figures["sampling"]
     assert figures["prompts"]["real"]["all"] > 0.3 and 0 <= figures["prompts"]["generated"]["all"] <= 1
     assert "composition" not in figures and len(list(finite_numbers(figures))) > 70
     after = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}

@@ -106,18 +106,6 @@ class Complaints(logging.Handler):
             logging.getLogger(name).removeHandler(self)
 
 
-class Guided(torch.nn.Module):
-    """Our U-Net under classifier-free guidance, as a U-Net."""
-
-    def __init__(self, unet, empty, scale):
-        super().__init__()
-        self.unet, self.empty, self.scale, self.latent_shape = unet, empty, scale, unet.latent_shape
-
-    def forward(self, z, t_emb, text_emb):
-        uncond = self.unet(z, t_emb, self.empty.expand_as(text_emb))
-        return uncond + self.scale * (self.unet(z, t_emb, text_emb) - uncond)
-
-
 def open_pipeline(folder):
     pipe = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)  # True wants another package
     pipe.set_progress_bar_config(disable=True)
@@ -142,10 +130,8 @@ def test_the_pipeline_gives_our_pictures_from_our_noise(clip_run, scale):
     cfg, _, vae, unet, t_embedder = load_models(str(clip_run / "run"), False, CPU)
     encoder = ClipTextEncoder(cfg.text_encoder)
     prompts = [PROMPT, "a photo of a cat " * 20]  # the second is cut at 77 tokens, here and there
-    denoiser = unet if scale == 1 else Guided(unet, encoder([""]), scale)
-    ours = sample(
-        denoiser, vae, t_embedder, encoder, prompts, cfg.timesteps, 2, process=configured_process(cfg), seeds=[5, 6]
-    )
+    ours = sample(unet, vae, t_embedder, encoder, prompts, cfg.timesteps, 2, process=configured_process(cfg),
+                  guidance_scale=scale, seeds=[5, 6])  # fmt: skip
     theirs = open_pipeline(clip_run / "out")(prompts, num_inference_steps=cfg.timesteps, guidance_scale=scale,
                                             generator=generators([5, 6]), output_type="pt").images  # fmt: skip
     inside = (ours > 0.02) & (ours < 0.98)
@@ -172,6 +158,14 @@ def test_the_models_open_alone_and_strictly(clip_run):
         assert (unet(z, t_embedder(t), text_emb) - theirs[1](z, t, text_emb).sample).abs().max() <= TOLERANCE
 
 
+def test_normalized_latents_are_refused(tmp_path, run_here):
+    (tmp_path / "run").mkdir()
+    make_run(tmp_path / "run", normalize_latents=True)
+    result = run_here("sample.py", "--export", "out", "--run_dir", "run", cwd=tmp_path)
+    assert_one_line_error(result, 1, "--export", "normalize_latents")
+    assert not (tmp_path / "out").exists()
+
+
 def test_averaged_weights_on_request(hash_run, run_here):
     result = run_here("sample.py", "--export", "out", "--run_dir", "run", "--ema", cwd=hash_run)
     assert result.returncode == 0, result.stderr
@@ -196,11 +190,30 @@ def run_snippet(folder):
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kind", ["clip_run", "hash_run"])
-def test_the_cards_snippet_gives_the_picture_of_sample(kind, request):
-    cwd = request.getfixturevalue(kind)
-    if kind == "hash_run":
-        export.export_run(str(cwd / "out"), str(cwd / "run"))
+OTHER_PROCESSES = {
+    "flow": {"prediction_type": "flow"}, "cosine": {"beta_schedule": "cosine"},
+    "zero SNR": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["clip_run", "hash_run", *OTHER_PROCESSES, "flow with clip"])
+def test_the_cards_snippet_gives_the_picture_of_sample(kind, request, tmp_path):
+    if kind in ("clip_run", "hash_run"):
+        cwd = request.getfixturevalue(kind)
+    else:
+        cwd = tmp_path
+        (cwd / "run").mkdir()
+        settings = OTHER_PROCESSES[kind.split(" with")[0]]
+        if "clip" in kind:
+            settings = settings | {
+                "text_encoder": str(request.getfixturevalue("tiny_clip")),
+                "text_dim": 32,
+                "text_length": 77,
+            }
+        make_run(cwd / "run", sample_prompts=(PROMPT,), **settings)
+    if kind != "clip_run":
+        opener = export.export_run(str(cwd / "out"), str(cwd / "run"))
+        assert opener == "AutoencoderKL and UNet2DConditionModel" and not (cwd / "out/model_index.json").exists()
     result = run_snippet(cwd / "out")
     assert result.returncode == 0, result.stderr
     cfg, _, vae, unet, t_embedder = load_models(str(cwd / "run"), False, CPU)
