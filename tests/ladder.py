@@ -1,0 +1,133 @@
+"""The ladder of RESULTS.md: from the faithful recipe upwards, one change per rung, at equal pictures seen.
+
+  python tests/ladder.py OUT --seeds 0 1 2      trains and measures every rung for every seed (hours on two cores)
+  python tests/ladder.py OUT --seeds 0 1 2 --only_table
+
+Each rung is the preset demo (painted scenes, small nets, a tenth of the attribute combinations held out) with the flags
+below; a run that is finished is not run again. What it is not: a test, or a search; the flags were set beforehand.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+
+COMMON = ("--preset demo --held_out_combinations 48 --save_minutes 60").split()
+RECIPE = "--beta_start 1e-4 --beta_end 0.02"
+EMA = "--ema_warmup --ema_decay 0.995"
+# rung: (flags of train_vae.py, flags of train_unet.py, flags of evaluate.py)
+RUNGS = {
+    "faithful": ("", f"{RECIPE} --ema_decay 0.9999", ""),
+    "faithful, averaged": ("", f"{RECIPE} --ema_decay 0.9999", "--ema"),
+    "+ EMA warm-up": ("", f"{RECIPE} {EMA}", "--ema"),
+    "+ scaled betas": ("", f"--scale_betas {EMA}", "--ema"),
+    "+ guidance": ("", f"--scale_betas {EMA} --caption_dropout 0.1", "--ema --guidance_scale 2"),
+    "+ flow matching": ("", f"--prediction_type flow {EMA} --caption_dropout 0.1", "--ema --guidance_scale 2"),
+    "+ VAE regulariser": ("--equivariance 0.25", f"--prediction_type flow {EMA} --caption_dropout 0.1",
+                          "--ema --guidance_scale 2"),
+}  # fmt: skip
+COLUMNS = {
+    "prompts, %": lambda r: 100 * r["prompts"]["generated"]["all"],
+    "composition, %": lambda r: 100 * r["composition"]["generated"]["all"],
+    "Frechet - floor": lambda r: r["distances"]["frechet"] - r["distances"]["frechet_floor"],
+    "kernel": lambda r: r["distances"]["kernel"],
+    "channel-mean ratio": lambda r: r["channel_means"]["ratio"],
+    "loss / Wiener": lambda r: r["denoising"]["wiener"]["ratio"],
+    "VAE MSE x 1000": lambda r: 1000 * r["vae"]["mse"],
+    "U-Net, s": lambda r: r["seconds"],
+}
+
+
+def run(script, *words):
+    """Run a script of the project -> seconds."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - start
+
+
+def name_of(words):
+    return f"{zlib.crc32(words.encode()):08x}"
+
+
+def train(out, seed, epochs, vae_flags, unet_flags):
+    """-> the run directory of this seed and these flags, and the seconds of its U-Net; trained unless it is there."""
+    common = [*COMMON, "--seed", seed, "--cache_dir", out / "prepared"]
+    vae_dir, run_dir = (out / f"seed{seed}-{name_of(words)}" for words in (vae_flags, f"{vae_flags}|{unet_flags}"))
+    run("train_vae.py", *common, "--run_dir", vae_dir, *vae_flags.split())
+    if not (run_dir / "seconds").exists():
+        run_dir.mkdir(exist_ok=True)
+        for path in vae_dir.glob("vae_*"):
+            shutil.copy(path, run_dir)
+        seconds = run("train_unet.py", *common, "--run_dir", run_dir, "--num_epochs", epochs, *unet_flags.split())
+        (run_dir / "seconds").write_text(str(seconds))
+    return run_dir, float((run_dir / "seconds").read_text())
+
+
+def measure(run_dir, num_prompts, steps, flags):
+    command = ["evaluate.py", "--run_dir", run_dir, "--num_prompts", num_prompts, "--steps", steps, *flags.split()]
+    sys.argv = [str(word) for word in command]
+    evaluate.main()
+    return json.loads((run_dir / f"evaluation{'_ema' if '--ema' in flags else ''}.json").read_text())
+
+
+def train_one_judge():
+    """All rungs of a process are judged by the same classifier, which does not depend on them."""
+    real, kept = evaluate.train_classifier, []
+
+    def train_classifier(cfg, device):
+        if not kept:
+            kept.append(real(cfg, device))
+        return kept[0]
+
+    evaluate.train_classifier = train_classifier
+
+
+def table(out, seeds):
+    """Markdown: mean over seeds, and the spread (largest less smallest)."""
+    lines = ["| rung | n | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for rung in RUNGS:
+        results = [
+            json.loads(p.read_text()) for p in (out / f"{rung}, seed {seed}.json" for seed in seeds) if p.exists()
+        ]
+        if results:
+            values = [[column(r) for r in results] for column in COLUMNS.values()]
+            cells = (f"{statistics.mean(v):.3g} ({max(v) - min(v):.2g})" for v in values)
+            lines.append(f"| {rung} | {len(results)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--num_prompts", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only_table", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_one_judge()
+    for seed in () if args.only_table else args.seeds:
+        for rung, (vae_flags, unet_flags, evaluate_flags) in RUNGS.items():
+            file = args.out / f"{rung}, seed {seed}.json"
+            if not file.exists():
+                run_dir, seconds = train(args.out, seed, args.epochs, vae_flags, unet_flags)
+                result = measure(run_dir, args.num_prompts, args.steps, evaluate_flags)
+                file.write_text(json.dumps(result | {"seconds": seconds}))
+    print(table(args.out, args.seeds))
+
+
+if __name__ == "__main__":
+    main()
