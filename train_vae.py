@@ -82,7 +82,8 @@ def main():
     vae.decoder.requires_grad_(True)  # of a finished VAE nothing else learns
     vae.to(device, memory_format=conv_layout(device))
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    autoencode = compiled(in_parallel(vae, world), cfg.compile)
+    # halved latents have a shape of their own, and of all shapes at once the compiler fails to make one graph
+    autoencode = compiled(in_parallel(vae, world), cfg.compile, dynamic=False if cfg.equivariance else None)
     optimizer = make_optimizer(parameters, cfg)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters that learn")
 

@@ -210,9 +210,12 @@ def check_held_out(figure, step, last_saved):
                         f"--overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
-def compiled(module, wanted):
-    """The module as torch.compile makes it, if wanted; the weights are the module's own either way."""
-    return torch.compile(module) if wanted else module
+def compiled(module, wanted, dynamic=None):
+    """The module as torch.compile makes it, if wanted; the weights are the module's own either way.
+
+    dynamic: False compiles for each shape anew, None (torch's default) soon for any.
+    """
+    return torch.compile(module, dynamic=dynamic) if wanted else module
 
 
 def average_over(tensor, world):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 
-COMMON = ("--preset demo --held_out_combinations 48 --save_minutes 60").split()
+COMMON = ["--preset", "demo", "--held_out_combinations", "48", "--save_minutes", "60"]
 RECIPE = "--beta_start 1e-4 --beta_end 0.02"
 EMA = "--ema_warmup --ema_decay 0.995"
 # rung: (flags of train_vae.py, flags of train_unet.py, flags of evaluate.py)

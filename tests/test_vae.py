@@ -82,6 +82,17 @@ def test_training_with_the_regulariser_makes_the_latents_equivariant(tmp_path, r
     assert errors[0.7] < 0.9 * errors[0], errors
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_with_the_regulariser_as_the_plain_one(tmp_path, run_here):
+    settings, losses = TINY | QUICK | {"max_images": 20, "num_epochs": 2, "equivariance": 1.0}, []
+    for run, more in (("plain", []), ("compiled", ["--compile"])):
+        command = ["--preset", "demo", "--run_dir", run, *more, *flags(settings)]
+        assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
+        lines = (tmp_path / run / "vae_train.csv").read_text().splitlines()[1:]
+        losses.append([float(line.split(",")[2]) for line in lines])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 def test_equivariance_that_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="--equivariance.*3 wide.*--image_size"):
         SDConfig(**TINY | {"image_size": 12, "equivariance": 0.5, "unet_block_out_channels": (16,)})
