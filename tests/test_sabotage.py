@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 RESUME, FAULTS, DOWNLOAD = "test_resume.py", "test_faults.py", "test_download.py"
+TEXT = "test_text.py"
 STOPPED_VAE, STOPPED_UNET = "goes_on_to_the_same_bits and 15-2-vae", "goes_on_to_the_same_bits and 15-2-unet"
 
 # what is broken: (file, text, what stands there instead, test file, -k)
@@ -44,6 +45,8 @@ COPIES = {
     "names may climb": ("data.py", '".." not in parts', "True", FAULTS, "stay_in_the_folder"),
     "a half download has the name": ("download.py", 'f"{path}.part", ""', 'path, ""', DOWNLOAD, "download_stopped"),
     "a download is not decoded": ("download.py", "            check(part)\n", "", DOWNLOAD, "fault_that_stays and html"),
+    "a question about custom code": ("text_encoder.py", "        if asks:", "        if False:", TEXT, "asks_for_custom_code"),
+    "custom code runs": ("text_encoder.py", 'where["trust_remote_code"] = False', "pass", TEXT, "nobody_looked"),
 }  # fmt: skip
 
 
