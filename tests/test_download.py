@@ -3,6 +3,7 @@
 The server is a local one that misbehaves as real ones do.
 """
 
+import errno
 import hashlib
 import http.server
 import io
@@ -315,13 +316,20 @@ def test_a_full_disk_stops_everything_at_once(server, get, tmp_path, which, monk
     assert server.asked[f"/{download.ZIP}"] == asked + (which == ZIP_FILE)  # what was there was not asked for again
 
 
-def test_what_may_not_be_written_stops_everything_at_once(server, get, tmp_path, monkeypatch):
-    """A folder in the place of the file: root, who may run this test, would be permitted anything else."""
-    monkeypatch.setattr(download, "SECONDS_BEFORE_RETRY", 60)
-    for i in range(8):
-        (tmp_path / f"coco/train2017/train{i}.jpg.part").mkdir(parents=True)
-    assert_one_line_error(get("--connections", 1), 1, "coco/train2017/train", "permissions")
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_written_stops_everything_at_once(server, get, tmp_path, monkeypatch, number):
+    """Only told so: root, who may run this test, is permitted everything."""
+
+    def refused(path, mode="r", *args, **options):
+        if "train2017/" in str(path) and "r" not in mode:
+            raise OSError(number, os.strerror(number), path)
+        return open(path, mode, *args, **options)
+
+    monkeypatch.setattr(download, "open", refused, raising=False)
+    assert_one_line_error(get("--connections", 1), 1, "coco/train2017/train", os.strerror(number), "permissions")
     assert [count for path, count in server.asked.items() if "train2017/" in path] in ([1], [1, 1])
+    monkeypatch.undo()
+    assert get().returncode == 0 and len(pictures(tmp_path)) == 8
 
 
 def test_it_gives_up_when_nothing_comes_any_more(server, get, tmp_path, monkeypatch):
