@@ -281,8 +281,11 @@ def add_run_flags(parser):
 
 
 def positive_int(text):
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    digits = (
+        text.isascii() and text.isdigit() and len(text) < 20
+    )  # int() is slow, then refuses, where they are thousands
+    if not digits or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1 to {LARGEST}")
     return int(text)
 
 

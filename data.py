@@ -2,6 +2,8 @@
 
   python data.py download --max_images 40000   COCO's captions and that many of its pictures, into data/coco
   python data.py verify                        what is wrong with the pictures and captions that are there
+  python data.py verify --put_aside            the same, and pictures that are damaged are renamed to NAME.damaged, so
+                                               that download gets them anew
 
 What it is not: it downloads nothing unasked (how it does is in download.py) and knows no model.
 
@@ -12,6 +14,7 @@ batches from it by index.
 COCO captions: Chen et al. 2015 (arXiv 1504.00325); the 2017 release, https://cocodataset.org/#download
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -193,13 +196,25 @@ def coco_records(root, captions_json):
     return by_hash({os.path.join(folder, name): several for name, several in captions.items() if several})
 
 
+class DamagedCaptions(UserError):
+    """A file that is there, can be read, and is not COCO's captions."""
+
+    def __init__(self, path, what):
+        super().__init__(f"{path}: {what}; replace it, as python data.py download does with COCO's own")
+
+
 def read_captions(path):
     """COCO captions file -> {file name: [captions]}, and a Counter of what is odd in it. UserError if it is no such file."""
     if not os.path.exists(path):
         raise UserError(f"{path}: not there; python data.py download gets it, --data_root says where it is; or "
                         "--preset demo for the embedded data")  # fmt: skip
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_CAPTIONS_BYTES:
-        raise UserError(f"{path}: not a file of at most {MAX_CAPTIONS_BYTES >> 20} MiB; download it again")
+        raise DamagedCaptions(path, f"not a file of at most {MAX_CAPTIONS_BYTES >> 20} MiB")
+    with enough_memory(path):
+        return parse_captions(path)
+
+
+def parse_captions(path):
     odd, where = Counter(), "content"
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -207,6 +222,7 @@ def read_captions(path):
         captions, names = {}, {}
         for i, image in enumerate(content["images"]):
             where = f"images[{i}]"
+            odd["ids given twice"] += image["id"] in names
             name = names[image["id"]] = image["file_name"]
             if not is_inside(name) or os.path.basename(name) != name:
                 raise ValueError(f"{name!r} is not a plain file name")
@@ -221,11 +237,23 @@ def read_captions(path):
                 captions[name].append(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         reason = f"{where}: {type(e).__name__}: {printable(e)[:200]}"
-        raise UserError(f"{path}: not a COCO captions file ({reason}); download it again") from None
+        raise DamagedCaptions(path, f"not a COCO captions file ({reason})") from None
+    unknown, total = odd["captions of unknown pictures"], len(content["annotations"])
+    if 2 * unknown > total:
+        raise DamagedCaptions(path, f"{unknown} of its {total} captions belong to no picture that it lists")
     if not any(captions.values()):
-        raise UserError(f"{path}: no picture in it has a caption; download it again")
+        raise DamagedCaptions(path, "no picture in it has a caption")
     odd["pictures without a caption"] = sum(not several for several in captions.values())
     return captions, +odd
+
+
+@contextlib.contextmanager
+def enough_memory(path):
+    """Where a file of captions is read: the trainers would put a lack of memory down to the batch."""
+    try:
+        yield
+    except MemoryError:
+        raise UserError(f"{path}: not enough memory to read it; end other programs, or give fewer captions") from None
 
 
 def clean_caption(text):
@@ -253,12 +281,25 @@ def folder_records(root):
     Either root/metadata.jsonl, a line {"file_name": ..., "text": ...} per caption, file names relative to root;
     or root/images/ with a text file beside each picture (cat.jpg, cat.txt), one caption per line.
     """
-    listing = os.path.join(root, "metadata.jsonl")
-    records = jsonl_records(root, listing) if os.path.exists(listing) else sidecar_records(os.path.join(root, "images"))
+    records = read_folder(root)
+    if empty := without_words(records):
+        print(f"{root}: {len(empty)} pictures have an empty caption; python data.py verify --dataset folder lists them")
+    return by_hash(records)
+
+
+def read_folder(root):
+    listing, images = os.path.join(root, "metadata.jsonl"), os.path.join(root, "images")
+    listed = os.path.exists(listing)
+    with enough_memory(listing if listed else images):
+        records = jsonl_records(root, listing) if listed else sidecar_records(images)
     if not records:
         raise UserError(f"--data_root {root}: no pictures with captions; give images/ with a .txt beside each picture, "
                         "or a metadata.jsonl")  # fmt: skip
-    return by_hash(records)
+    return records
+
+
+def without_words(records):
+    return sorted(path for path, captions in records.items() if "" in captions)
 
 
 def jsonl_records(root, listing):
@@ -331,8 +372,8 @@ def read_pictures(dataset, cfg, start_progress):
 def report_bad(bad, total, skip):
     shown = "; ".join(printable(b)[:300] for b in bad[:3]) + ("; ..." if len(bad) > 3 else "")
     if not skip:
-        raise UserError(f"--data_root: {len(bad)} of {total} pictures cannot be read ({shown}); replace them, or leave "
-                        "them out with --skip_bad")  # fmt: skip
+        raise UserError(f"--data_root: {len(bad)} of {total} pictures cannot be read ({shown}); replace them (COCO's: "
+                        "python data.py verify --put_aside, then download), or leave them out with --skip_bad")  # fmt: skip
     print(f"left out {len(bad)} of {total} pictures that cannot be read ({shown})")
 
 
@@ -409,7 +450,10 @@ def main():
     get.add_argument("--zip_sha1", default=download.ZIP_SHA1, help="checksum of the captions' zip, if not COCO's own")
     get.add_argument("--connections", type=positive_int, default=16, help="pictures at a time (default: 16)")
     look.add_argument("--dataset", choices=("coco", "folder"), default="coco", help="(default: coco)")
+    look.add_argument("--put_aside", action="store_true", help="rename COCO's damaged pictures to NAME.damaged")
     args = parser.parse_args()
+    if args.command == "verify" and args.put_aside and args.dataset != "coco":
+        parser.error("argument --put_aside: is for coco, which can be downloaded anew; replace your own pictures")
     sys.exit((download_coco if args.command == "download" else verify)(args))
 
 
@@ -417,6 +461,8 @@ def download_coco(args):
     """Captions, then the pictures that training with the same --max_images reads. -> exit code"""
     train_json = SDConfig().captions_json
     jsons = [train_json, train_json.replace("train", "val")]
+    for captions_json in jsons:
+        put_aside_damaged_captions(os.path.join(args.data_root, captions_json))
     download.get_captions(args.data_root, jsons, args.base_url, args.zip_sha1)
     jobs = []
     for captions_json, count in zip(jsons, (args.max_images, args.held_out_images)):
@@ -433,30 +479,69 @@ def download_coco(args):
     print(f"{len(jobs)} pictures are in {args.data_root}; next: python train_vae.py")
 
 
+def put_aside_damaged_captions(path):
+    """A captions file that no training could read makes room for another; it is kept, for it may be somebody's own."""
+    if os.path.exists(path):
+        try:
+            read_captions(path)
+        except DamagedCaptions as e:
+            os.replace(path, f"{path}.damaged")
+            print(f"{printable(e)}. Renamed to {os.path.basename(path)}.damaged")
+
+
 def verify(args):
     """Decode every picture that has captions; print what is wrong and what is odd. -> exit code"""
+    files, odd = coco_files(args.data_root) if args.dataset == "coco" else folder_files(args.data_root)
+    bad, modes = look_at_all(files)
+    for what, names in (odd | modes).items():
+        print_names(what, names, LISTED)
+    print_names("pictures that cannot be read", [f"{path}: {why}" for path, (why, _) in bad.items()], len(bad))
+    aside = put_aside(bad) if args.put_aside else []
+    if aside:
+        print(f"{len(aside)} of them are renamed to NAME.damaged; python data.py download --data_root {args.data_root} "
+              "gets anew those that training reads")  # fmt: skip
+    if len(bad) > len(aside):
+        raise UserError(f"--data_root {args.data_root}: {len(bad) - len(aside)} of {len(files)} pictures cannot be read "
+                        f"(listed above); {remedy(args)}, or train with --skip_bad")  # fmt: skip
+    return 0
+
+
+def remedy(args):
+    if args.dataset == "folder":
+        return "replace them"
+    if args.put_aside:
+        return "see to their permissions, the disk and the memory, for they need not be damaged"
+    return f"python data.py verify --put_aside --data_root {args.data_root} and then download replace them"
+
+
+def look_at_all(files):
+    """-> {path: (why it cannot be read, whether it is damaged)}, {what is odd about its mode: [paths]}"""
     from training import Progress  # which imports torchvision, and nothing else here needs it
 
-    files, odd = coco_files(args.data_root) if args.dataset == "coco" else folder_files(args.data_root)
-    bad, progress = [], Progress(len(files), "verify")
+    bad, odd, progress = {}, {}, Progress(len(files), "verify")
     with ThreadPool(os.cpu_count()) as pool:
-        for path, (mode, why) in zip(files, pool.imap(look_at, files)):
+        for path, (mode, why, damaged) in zip(files, pool.imap(look_at, files)):
             if why:
-                bad.append(f"{path}: {why}")
+                bad[path] = why, damaged
             elif mode not in ("RGB", "L"):
                 odd.setdefault(f"pictures of mode {mode}, which become RGB", []).append(path)
             progress.update()
     progress.close()
-    for what, names in [*odd.items(), ("pictures that cannot be read", bad)]:
-        print(f"{len(names)} {what}")
-        for name in names if names is bad else names[:LISTED]:
-            print(f"  {printable(name)}")
-        if names is not bad and len(names) > LISTED:
-            print("  ...")
-    if bad:
-        raise UserError(f"--data_root {args.data_root}: {len(bad)} of {len(files)} pictures cannot be read (listed "
-                        "above); replace them, or train with --skip_bad")  # fmt: skip
-    return 0
+    return bad, odd
+
+
+def print_names(what, names, most):
+    print(f"{len(names)} {what}")
+    for name in [*names[:most], "..."] if len(names) > most else names:
+        print(f"  {printable(name)}")
+
+
+def put_aside(bad):
+    """Rename what is damaged, and not what the system did not let us read. -> the paths that it was"""
+    aside = [path for path, (_, damaged) in bad.items() if damaged]
+    for path in aside:
+        os.replace(path, f"{path}.damaged")
+    return aside
 
 
 def coco_files(root):
@@ -473,24 +558,26 @@ def coco_files(root):
                             ("pictures in the folder, but not in the captions file", there - set(captions)),
                             ("pictures without a caption", {n for n in captions if not captions[n]})):  # fmt: skip
             odd.setdefault(what, []).extend(os.path.join(folder, name) for name in sorted(names))
-        for what in ("pictures listed twice", "captions of unknown pictures", "empty captions"):
+        for what in ("pictures listed twice", "ids given twice", "captions of unknown pictures", "empty captions"):
             odd.setdefault(what, []).extend([captions_json] * found[what])
         files += [os.path.join(folder, name) for name in sorted(there & set(captions))]
     return files, odd
 
 
 def folder_files(root):
-    return sorted(path for path, _ in folder_records(root)), {}
+    records = read_folder(root)
+    return sorted(records), {"pictures with an empty caption": without_words(records)}
 
 
 def look_at(path):
-    """-> mode of a picture, and what is wrong with it ("" if nothing is)."""
+    """-> mode of a picture; what is wrong with it ("" if nothing is); whether that is a damage of the file."""
     try:
         read_rgb(path)
         with Image.open(path, formats=FORMATS) as picture:
-            return picture.mode, ""
+            return picture.mode, "", False
     except Exception as e:  # as in Pictures
-        return "", f"{type(e).__name__}: {e}"
+        from_system = isinstance(e, MemoryError) or getattr(e, "errno", None) is not None
+        return "", f"{type(e).__name__}: {e}", not from_system
 
 
 if __name__ == "__main__":

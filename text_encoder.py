@@ -9,6 +9,7 @@ Papers:
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -137,37 +138,80 @@ def _printable(prompt):
     return prompt.encode("utf-8", "replace").decode("utf-8")
 
 
+class _Unusable(Exception):
+    """Why a CLIP text model cannot be had."""
+
+
 def _load_clip(source):
+    """-> (tokenizer, text model). OSError, in one line, if they cannot be had."""
+    try:
+        return _find_clip(source)
+    except _Unusable as e:
+        raise OSError(f"--text_encoder: CLIP text model {source}: {e}; give --text_encoder DIR with a downloaded copy, or "
+                      "--text_encoder hash for the embedded encoder") from None  # fmt: skip
+
+
+def _find_clip(source):
     """-> (tokenizer, text model): a directory as it is, else the cache of the hub, else the hub."""
     if os.path.isdir(source):
+        _refuse_code(source)
         return _from_pretrained(source, local_files_only=True)
     if source != CLIP_NAME:
         raise OSError(f"--text_encoder: {source}: no such directory; give clip, hash, or a directory")
     try:
         return _from_pretrained(source, revision=CLIP_REVISION, local_files_only=True)
-    except OSError:
-        _ask_hub()
-        return _from_pretrained(source, revision=CLIP_REVISION)
+    except _Unusable as e:
+        _refuse_broken_cache(e)
+    _ask_hub()
+    return _from_pretrained(source, revision=CLIP_REVISION)
+
+
+def _refuse_code(folder):
+    """A directory may name Python files of its own to be run (auto_map): never, and nobody is asked about it either."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
+                asks = "auto_map" in json.load(f)
+        except (OSError, ValueError, TypeError, RecursionError):  # missing or broken, which the loading will say
+            continue
+        if asks:
+            raise _Unusable(f"its {name} asks to run custom code (auto_map), which is never done")
+
+
+def _refuse_broken_cache(reason):
+    """Where every file is in the hub's cache and still they do not load, the hub cannot help: it sends no file twice."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def there(name):
+        return isinstance(try_to_load_from_cache(CLIP_NAME, name, revision=CLIP_REVISION), str)
+
+    if there("config.json") and there("tokenizer.json") and (there("model.safetensors") or there("pytorch_model.bin")):
+        path = try_to_load_from_cache(CLIP_NAME, "config.json", revision=CLIP_REVISION)
+        folder = os.path.dirname(path[: path.rindex("snapshots")])  # the files themselves lie beside the snapshots
+        raise OSError(f"--text_encoder: {folder}: the downloaded CLIP text model is damaged ({reason}); delete this "
+                      "folder, and the same command downloads it anew")  # fmt: skip
 
 
 def _from_pretrained(source, **where):
     # imported here: seconds that users of the embedded encoder need not wait
     from transformers import AutoTokenizer, CLIPTextModel, logging
 
+    where["trust_remote_code"] = False
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the file also holds the image tower, and transformers would list what we leave out
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model, info = CLIPTextModel.from_pretrained(source, output_loading_info=True, **where)
+    except MemoryError:
+        raise
     except Exception as e:  # the library raises many kinds, and each means that this model cannot be had
-        reason = next(iter(str(e).split("\n")), "") or type(e).__name__
-        raise OSError(_unavailable(source, reason)) from None
+        raise _Unusable(str(e).split("\n")[0] or type(e).__name__) from None
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
-        raise OSError(_unavailable(source, f"its weights lack {min(info['missing_keys'])}"))
+        raise _Unusable(f"its weights lack {min(info['missing_keys'])}")
     if tokenizer(PROBE_TEXT).input_ids != PROBE_IDS:
-        raise OSError(_unavailable(source, "its tokenizer is not CLIP's or not whole (tokenizer.json)"))
+        raise _Unusable("its tokenizer is not CLIP's or not whole (tokenizer.json)")
     return tokenizer, model
 
 
@@ -176,7 +220,7 @@ def _ask_hub():
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise OSError(_unavailable(CLIP_NAME, "not downloaded yet, and HF_HUB_OFFLINE is set"))
+        raise _Unusable("not downloaded yet, and HF_HUB_OFFLINE is set")
     url = f"{constants.ENDPOINT}/{CLIP_NAME}/resolve/{CLIP_REVISION}/config.json"
     answer = []
 
@@ -192,9 +236,4 @@ def _ask_hub():
     thread.start()
     thread.join(HUB_TIMEOUT)
     if answer != [""]:
-        raise OSError(_unavailable(CLIP_NAME, f"{constants.ENDPOINT} cannot be reached{''.join(answer)}"))
-
-
-def _unavailable(source, reason):
-    return (f"--text_encoder: CLIP text model {source}: {reason}; give --text_encoder DIR with a downloaded copy, "
-            "or --text_encoder hash for the embedded encoder")  # fmt: skip
+        raise _Unusable(f"{constants.ENDPOINT} cannot be reached{''.join(answer)}")

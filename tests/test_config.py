@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
-from config import PRESETS, VAE_PRESETS, SDConfig, UserError, parse_training_args
+from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, UserError, parse_training_args
 
 RECIPE = {
     "image_size": 128, "max_images": 40_000, "latent_channels": 4, "block_out_channels": (64, 128, 256, 256),
@@ -91,6 +91,8 @@ def test_coco_is_chosen_where_its_captions_are(capsys, tmp_path, monkeypatch):
     (["--lr_schedule", "linear"], "--lr_schedule"),
     (["--dataset", "imagenet"], "--dataset"),
     (["--max_steps", "0"], "--max_steps"),
+    (["--max_steps", "1000000001"], "--max_steps: '1000000001' is not a whole number from 1 to 1000000000"),
+    (["--max_steps", "9" * 5000], "to 1000000000"),
     (["--preset", "huge"], "--preset"),
 ])  # fmt: skip
 def test_a_mistake_ends_in_one_line_and_code_2(argv, word, capsys):
@@ -146,6 +148,17 @@ def test_a_schedule_asked_for_replaces_that_of_the_preset(argv, betas):
     assert (cfg.beta_start, cfg.beta_end) == betas
     with pytest.raises(SystemExit):
         parse_training_args("", "unet", ["--preset", "demo", "--prediction_type", "flow", "--beta_end", "0.1"])
+
+
+def test_the_largest_number_is_taken():
+    assert parse_training_args("", "unet", ["--max_steps", "1000000000"])[1].max_steps == LARGEST
+
+
+@pytest.mark.parametrize("script, flag", [("sample.py", "--num_images"), ("data.py", "--max_images")])
+def test_a_giant_number_is_refused_by_the_name_of_its_flag(script, flag, run_here, tmp_path):
+    words = ["download"] if script == "data.py" else ["--prompt", "x"]
+    result = run_here(script, *words, flag, "9" * 20, cwd=tmp_path)
+    assert_one_line_error(result, 2, f"error: {flag}: ", f"1 to {LARGEST}")
 
 
 def test_settings_are_checked_in_python_too():

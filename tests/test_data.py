@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_one_line_error
 from PIL import Image
 
 from config import SDConfig, UserError
@@ -18,6 +19,7 @@ from data import (
     folder_records,
     number_captions,
     open_dataset,
+    read_captions,
     read_pictures,
     read_square,
     take_views,
@@ -227,7 +229,69 @@ def test_a_file_that_is_no_captions_file_is_refused(tmp_path, content):
     assert "\n" not in str(e.value)
 
 
+ONE = {"id": 1, "file_name": "1.jpg"}
+
+
+@pytest.mark.parametrize("unknown, refused", [(6, True), (5, False)])
+def test_captions_of_other_pictures_are_the_wrong_file(tmp_path, unknown, refused, capsys):
+    path = tmp_path / "captions.json"
+    notes = [{"image_id": 1 if i < 5 else 2, "caption": "x"} for i in range(5 + unknown)]
+    path.write_text(json.dumps({"images": [ONE], "annotations": notes}))
+    if refused:
+        with pytest.raises(UserError, match="captions.json: 6 of its 11 captions belong to no picture"):
+            read_captions(path)
+    else:
+        assert read_captions(path) == ({"1.jpg": ["x"] * 5}, {"captions of unknown pictures": 5})
+
+
+def test_an_id_given_twice_is_counted(tmp_path):
+    path = tmp_path / "captions.json"
+    content = {"images": [ONE, {"id": 1, "file_name": "2.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    path.write_text(json.dumps(content))
+    captions, odd = read_captions(path)
+    assert captions == {"1.jpg": [], "2.jpg": ["x"]}
+    assert odd == {"ids given twice": 1, "pictures without a caption": 1}
+
+
+@pytest.mark.parametrize("kind", ["coco", "folder"])
+def test_captions_too_large_for_the_memory_are_named(tmp_path, fork, kind):
+    """Of a caption of one word, Python makes objects of some hundred bytes."""
+    picture(tmp_path / "train2017/1.jpg")
+    (tmp_path / "annotations").mkdir()
+    name = "annotations/captions_train2017.json" if kind == "coco" else "metadata.jsonl"
+    if kind == "coco":
+        note = '{"image_id": 1, "caption": "x"}'
+        text = f'{{"images": [{json.dumps(ONE)}], "annotations": [{", ".join([note] * 500_000)}]}}'
+    else:
+        text = '{"file_name": "train2017/1.jpg", "text": "x"}\n' * 500_000
+    (tmp_path / name).write_text(text)
+    command = "data.py", "verify", "--dataset", kind, "--data_root", str(tmp_path)
+    small = fork(*command, cwd=tmp_path, inject={"limit_memory": 40 << 20}).wait()
+    assert_one_line_error(small, 1, f"{name}: not enough memory")
+    assert fork(*command, cwd=tmp_path).wait().returncode == 0
+
+
 # ---- Your own folder ----
+
+
+@pytest.mark.parametrize("kind", ["images", "metadata.jsonl"])
+def test_empty_captions_are_counted_and_listed(tmp_path, kind, capsys, run_here):
+    for name, text in {"cat": "a cat", "dog": " \n", "owl": ""}.items():
+        picture(tmp_path / f"images/{name}.jpg")
+        (tmp_path / f"images/{name}.txt").write_text(text)
+        if kind == "metadata.jsonl":
+            with open(tmp_path / kind, "a") as f:
+                f.write(json.dumps({"file_name": f"images/{name}.jpg", "text": text}) + "\n")
+    assert len(folder_records(str(tmp_path))) == 3
+    assert "2 pictures have an empty caption" in capsys.readouterr().out
+    verify = "data.py", "verify", "--dataset", "folder", "--data_root", tmp_path
+    out = run_here(*verify, cwd=tmp_path).stdout
+    assert "2 pictures with an empty caption\n" in out and "dog.jpg" in out and "owl.jpg" in out and "cat" not in out
+    for name in ("dog", "owl"):
+        (tmp_path / f"images/{name}.txt").write_text(f"one {name}")
+    if kind == "images":
+        folder_records(str(tmp_path))
+        assert capsys.readouterr().out == ""
 
 
 def test_a_folder_with_sidecar_captions(tmp_path):

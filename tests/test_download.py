@@ -3,6 +3,7 @@
 The server is a local one that misbehaves as real ones do.
 """
 
+import errno
 import hashlib
 import http.server
 import io
@@ -228,6 +229,30 @@ def test_a_server_that_cannot_go_on_starts_over(server, get):
     assert get().returncode == 0
 
 
+def spoil_member(data, how):
+    """A zip whose first member is encrypted, or is a deflate stream that cannot be (its checksum is the server's own)."""
+    data = bytearray(data)
+    if how == "encrypted":
+        data[6] |= 1
+        data[data.index(b"PK\1\2") + 8] |= 1
+    elif how == "broken stream":
+        name, extra = data[26] + 256 * data[27], data[28] + 256 * data[29]
+        data[30 + name + extra] = 7  # a block of a kind that does not exist
+    return bytes(data)
+
+
+@pytest.mark.parametrize("how", ["encrypted", "broken stream", None])
+def test_a_zip_that_does_not_unpack_is_refused(server, get, tmp_path, how):
+    name = f"/{download.ZIP}"
+    server.files[name] = spoil_member(server.files[name], how)
+    result = get()
+    if how is None:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert_one_line_error(result, 1, "annotations_trainval2017.zip", "download it again")
+        assert not [n for n in there(tmp_path) if n.endswith((".json", ".jpg", ".zip"))]
+
+
 @pytest.mark.parametrize("how", ["checksum", "html", 404, "no zip", "climbs", "absolute", "incomplete"])
 def test_a_zip_that_is_not_cocos_is_refused_before_it_is_unpacked(server, get, tmp_path, how):
     name, more = f"/{download.ZIP}", []
@@ -261,6 +286,147 @@ def test_a_download_stopped_leaves_nothing_half_and_the_next_goes_on(server, get
     assert all(server.files[name] == data for name, data in pictures(tmp_path).items())
     server.faults = {}
     assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+
+
+# ---- What no other try would better ----
+
+ZIP_FILE, JSON_FILE = "annotations_trainval2017.zip.part", "annotations/captions_train2017.json.part"
+
+
+@pytest.mark.parametrize("which", ["picture", ZIP_FILE, JSON_FILE])
+def test_a_full_disk_stops_everything_at_once(server, get, tmp_path, which, monkeypatch):
+    """/dev/full answers every write as a full disk does."""
+    monkeypatch.setattr(download, "SECONDS_BEFORE_RETRY", 60)
+    parts = [f"train2017/train{i}.jpg.part" for i in range(8)] if which == "picture" else [which]
+    for part in parts:
+        path = tmp_path / "coco" / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to("/dev/full")
+    result = get("--connections", 1)
+    assert_one_line_error(result, 1, "train2017/train" if which == "picture" else which, "No space left on device")
+    assert "base_url" not in result.stderr
+    tries = [count for path, count in server.asked.items() if "train2017/" in path]
+    assert tries == [] if which != "picture" else tries in ([1], [1, 1])  # another may be under way
+    for part in parts:
+        (tmp_path / "coco" / part).unlink(missing_ok=True)
+    before = {n for n in there(tmp_path) if not n.endswith(".part")}
+    asked = server.asked[f"/{download.ZIP}"]
+    assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+    assert before <= set(there(tmp_path)) | {"annotations_trainval2017.zip"}
+    assert server.asked[f"/{download.ZIP}"] == asked + (which == ZIP_FILE)  # what was there was not asked for again
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_written_stops_everything_at_once(server, get, tmp_path, monkeypatch, number):
+    """Only told so: root, who may run this test, is permitted everything."""
+
+    def refused(path, mode="r", *args, **options):
+        if "train2017/" in str(path) and "r" not in mode:
+            raise OSError(number, os.strerror(number), path)
+        return open(path, mode, *args, **options)
+
+    monkeypatch.setattr(download, "open", refused, raising=False)
+    assert_one_line_error(get("--connections", 1), 1, "coco/train2017/train", os.strerror(number), "permissions")
+    assert [count for path, count in server.asked.items() if "train2017/" in path] in ([1], [1, 1])
+    monkeypatch.undo()
+    assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+
+
+def test_it_gives_up_when_nothing_comes_any_more(server, get, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MOST_IN_A_ROW", 3)
+    server.faults = {f"/train2017/train{i}.jpg": 503 for i in range(8)}
+    server.faults |= {f"/val2017/val{i}.jpg": 503 for i in range(8)}
+    result = get("--connections", 1)
+    assert_one_line_error(result, 1, "--base_url: 3 pictures in a row", "HTTP 503", "the same command")
+    assert len([path for path in server.asked if path.endswith(".jpg")]) in (3, 4)  # one may be under way
+    server.faults = {}
+    assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+
+
+def test_failures_among_successes_do_not_end_it(server, get, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MOST_IN_A_ROW", 6)
+    server.faults = {f"/train2017/train{i}.jpg": 404 for i in range(8)}
+    assert_one_line_error(get("--connections", 1), 1, "5 of 8 pictures")
+    assert len(pictures(tmp_path)) == 3
+
+
+def test_a_download_stopped_while_it_unpacks_goes_on_without_another_zip(server, get, tmp_path, monkeypatch):
+    real = download.shutil.copyfileobj
+
+    def stopped(source, f):
+        f.write(source.read(50))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download.shutil, "copyfileobj", stopped)
+    assert get().returncode == 130
+    assert not [n for n in there(tmp_path) if n.endswith(".json")]
+    monkeypatch.setattr(download.shutil, "copyfileobj", real)
+    assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+    assert server.asked[f"/{download.ZIP}"] == 1
+    assert not [n for n in there(tmp_path) if n.endswith((".part", ".zip"))]
+
+
+def test_a_zip_that_changes_between_its_parts_is_had_anew(server, get, tmp_path):
+    name = f"/{download.ZIP}"
+    server.files[name] = annotations(filler=np.random.RandomState(0).bytes(300_000).hex())
+    server.faults, server.times = {name: "cuts"}, download.TRIES
+    assert_one_line_error(get(), 1, "cut after", "the same command again")
+    assert (tmp_path / "coco" / ZIP_FILE).exists()
+    server.files[name] = annotations(filler=np.random.RandomState(1).bytes(300_000).hex())
+    assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+    assert server.ranges.count(None) >= 2  # from its start, once more
+
+
+# ---- What is there and damaged ----
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", "half", "others"])
+def test_a_damaged_captions_file_is_put_aside_and_had_anew(server, get, tmp_path, content):
+    assert get().returncode == 0
+    path = tmp_path / "coco/annotations/captions_train2017.json"
+    good = path.read_bytes()
+    others = good.replace(b'"image_id": ', b'"image_id": 1')
+    damaged = {"half": good[: len(good) // 2], "others": others}.get(content, content)
+    path.write_bytes(damaged)
+    result = get()
+    assert result.returncode == 0 and "Renamed to captions_train2017.json.damaged" in result.stdout
+    assert path.read_bytes() == good and path.with_name(f"{path.name}.damaged").read_bytes() == damaged
+    asked = server.asked.copy()
+    assert get().returncode == 0 and server.asked == asked  # a whole one stays
+
+
+def test_damaged_pictures_can_be_put_aside_and_had_anew(server, get, tmp_path, run_here):
+    assert get().returncode == 0
+    good = pictures(tmp_path)
+    path = next((tmp_path / "coco/train2017").iterdir())
+    path.write_bytes(path.read_bytes()[:900])
+    verify = "data.py", "verify", "--data_root", "coco"
+    assert_one_line_error(run_here(*verify, cwd=tmp_path), 1, "1 of 8", "--put_aside")
+    assert get().returncode == 0 and pictures(tmp_path) != good  # download alone decodes nothing that is there
+    result = run_here(*verify, "--put_aside", cwd=tmp_path)
+    assert result.returncode == 0 and "1 of them are renamed" in result.stdout and len(pictures(tmp_path)) == 7
+    assert get().returncode == 0 and pictures(tmp_path) == good
+    before = there(tmp_path)
+    assert run_here(*verify, "--put_aside", cwd=tmp_path).returncode == 0 and there(tmp_path) == before
+
+
+def test_what_the_system_does_not_let_us_read_is_not_put_aside(server, get, tmp_path, run_here, monkeypatch):
+    assert get().returncode == 0
+    before = there(tmp_path)
+    for error in (PermissionError(13, "Permission denied"), MemoryError()):
+        monkeypatch.setattr("data.read_rgb", lambda path, error=error: raise_(error))
+        result = run_here("data.py", "verify", "--data_root", "coco", "--put_aside", cwd=tmp_path)
+        assert_one_line_error(result, 1, "8 of 8", "permissions")
+        assert there(tmp_path) == before
+
+
+def raise_(error):
+    raise error
+
+
+def test_your_own_pictures_are_not_put_aside(tmp_path, run_here):
+    result = run_here("data.py", "verify", "--dataset", "folder", "--put_aside", cwd=tmp_path)
+    assert_one_line_error(result, 2, "--put_aside")
 
 
 def test_verify_lists_what_is_wrong(server, get, tmp_path, run_here):

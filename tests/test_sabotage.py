@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 RESUME, FAULTS, DOWNLOAD, EXPORT = "test_resume.py", "test_faults.py", "test_download.py", "test_export.py"
+TEXT, PREPARED = "test_text.py", "test_prepared.py"
 STOPPED_VAE, STOPPED_UNET = "goes_on_to_the_same_bits and 15-2-vae", "goes_on_to_the_same_bits and 15-2-unet"
 
 # what is broken: (file, text, what stands there instead, test file, -k)
@@ -46,6 +47,13 @@ COPIES = {
     "a download is not decoded": ("download.py", "            check(part)\n", "", DOWNLOAD, "fault_that_stays and html"),
     "half an export has the name": ("export.py", 'new = f"{folder}.{os.getpid()}.tmp"', "new = folder", EXPORT, "killed"),
     "an export of other noise": ("export.py", '"fixed_large"', '"fixed_small"', EXPORT, "snippet and hash_run"),
+    "a question about custom code": ("text_encoder.py", "        if asks:", "        if False:", TEXT, "asks_for_custom_code"),
+    "custom code runs": ("text_encoder.py", 'where["trust_remote_code"] = False', "pass", TEXT, "nobody_looked"),
+    "a stopped preparation is trusted": ("prepared.py", "and zlib.crc32(data) == checksum", "", PREPARED, "only_as_far"),
+    "a cache is not checked": ("prepared.py", 'if whole and manifest["content"] == file_sha256(path):', "if whole:", PREPARED, "damaged_file and flip"),
+    "a cache of other pictures": ("data.py", ", found.st_ctime_ns", "", PREPARED, "same_names"),
+    "guidance the wrong way round": ("diffusion.py", "out_uncond + w * (out_cond - out_uncond)", "out_cond + w * (out_uncond - out_cond)", "test_diffusion.py", "guid"),
+    "one step of the sampler too few": ("samplers.py", "zip(range(len(a) - 1), a, b, a[1:], b[1:])", "zip(range(len(a) - 2), a, b, a[1:], b[1:])", "test_samplers.py", "ddim"),
 }  # fmt: skip
 
 

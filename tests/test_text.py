@@ -1,5 +1,7 @@
 """Promises of text_encoder.py: fixed vectors for words, a whole CLIP or a clear refusal, no special tokens by text."""
 
+import contextlib
+import json
 import os
 import shutil
 import socket
@@ -10,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from text_encoder import CLIP_NAME, ClipTextEncoder, WordHashTextEncoder, make_text_encoder
+import text_encoder
+from text_encoder import CLIP_NAME, CLIP_REVISION, ClipTextEncoder, WordHashTextEncoder, make_text_encoder
 
 
 def test_word_vectors_are_fixed():
@@ -113,6 +116,80 @@ def test_weights_of_another_model_are_refused(clip_dir, tmp_path):
         ClipTextEncoder(str(copy))
 
 
+def ask_for_code(clip_dir, tmp_path, name, monkeypatch):
+    """A copy of a CLIP directory with Python files that its `name` asks for, and a user who says yes to everything."""
+    copy = tmp_path / "clip"
+    shutil.copytree(clip_dir, copy)
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Evil: pass\n")
+    asked = {"config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}},
+             "tokenizer_config.json": {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}}  # fmt: skip
+    if name:
+        (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | asked[name]))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    return copy
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_directory_that_asks_for_custom_code_is_refused(clip_dir, tmp_path, name, monkeypatch):
+    copy = ask_for_code(clip_dir, tmp_path, name, monkeypatch)
+    with pytest.raises(OSError, match=f"--text_encoder.*{name} asks to run custom code") as e:
+        ClipTextEncoder(str(copy))
+    assert "\n" not in str(e.value) and not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_custom_code_does_not_run_even_where_nobody_looked(clip_dir, tmp_path, name, monkeypatch):
+    """As from the hub, whose files are not looked at first."""
+    copy = ask_for_code(clip_dir, tmp_path, name, monkeypatch)
+    monkeypatch.setattr(text_encoder, "_refuse_code", lambda folder: None)
+    with contextlib.suppress(OSError):
+        ClipTextEncoder(str(copy))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_code_that_nothing_asks_for_is_just_a_file(clip_dir, tmp_path, monkeypatch):
+    assert ClipTextEncoder(str(ask_for_code(clip_dir, tmp_path, None, monkeypatch)))(["a cat"]).isfinite().all()
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.fixture
+def cache(clip_dir, tmp_path, monkeypatch):
+    """The hub's cache, as a download leaves it; the hub itself refuses connections."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "*")
+    folder = tmp_path / "hub/models--openai--clip-vit-base-patch32"
+    snapshot = folder / "snapshots" / CLIP_REVISION
+    snapshot.mkdir(parents=True)
+    shutil.copytree(clip_dir, folder / "blobs")
+    for file in clip_dir.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_file_in_the_cache_is_said_and_the_folder_to_delete(cache, name, offline, monkeypatch):
+    """Not that the hub cannot be reached: the hub would not send a file again that is there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    os.truncate(cache / name, (cache / name).stat().st_size // 2)
+    with pytest.raises(OSError, match="damaged.*delete this folder") as e:
+        ClipTextEncoder()
+    said = str(e.value)
+    assert f"{cache.parent.parent}: " in said and "reached" not in said and "\n" not in said
+
+
+@pytest.mark.parametrize("offline, said", [(True, "not downloaded yet"), (False, "cannot be reached")])
+def test_a_whole_cache_loads_and_an_unfinished_one_wants_the_hub(cache, offline, said, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    assert ClipTextEncoder()(["a cat"]).isfinite().all()
+    (cache / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=said):
+        ClipTextEncoder()
+
+
 @pytest.mark.parametrize("hub", ["refuses", "is silent", "is switched off"])
 def test_an_unreachable_hub_is_said_within_15_seconds(hub, tmp_path):
     """In a process of its own: huggingface_hub reads its settings once, at import."""
@@ -120,7 +197,8 @@ def test_an_unreachable_hub_is_said_within_15_seconds(hub, tmp_path):
         port = server.getsockname()[1] if hub == "is silent" else 9
         env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path),
                "HF_HUB_OFFLINE": str(int(hub == "is switched off")), "no_proxy": "*"}  # fmt: skip
-        code = ("import text_encoder as t, time; s = time.time()\n"
+        code = ("import text_encoder as t, time\n"
+                "from transformers import AutoTokenizer, CLIPTextModel; s = time.time()\n"
                 "try: t.ClipTextEncoder()\n"
                 "except OSError as e: print(e)\n"
                 "print(time.time() - s)")  # fmt: skip
