@@ -2,6 +2,11 @@
 
 A row promises: exit code 1 (2 for arguments), one `error:` line that names the file or flag, no traceback, and every
 file that was there still there, byte for byte. Rows that go on instead say so.
+
+Not promised, and why: weights in safetensors (we read none of our own) and loss scalers (bfloat16 needs none) do not
+arise; a picture that vanishes during training does not either, since all are decoded before it; links are followed,
+because only the user can have put them there; Ctrl-C in the seconds of loading PyTorch, torchvision beside the wrong
+torch, and a full /dev/shm end in a message that is not ours; torchrun prints its own report below the error line.
 """
 
 import ast
