@@ -318,8 +318,12 @@ def load_vae(cfg, run_dir, device, flag="--run_dir"):
     theirs = manifest["cfg"]
     for name in VAE_SETTINGS:
         if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"--{name}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
+            lead = f"--{name}" if flag == "--run_dir" else f"{flag} {run_dir}: {name}"
+            raise UserError(f"{lead}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
                             f"{getattr(theirs, name)}; give the same, or another {flag}")  # fmt: skip
+    if theirs.held_out_combinations != cfg.held_out_combinations:
+        print("warning: the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it",
+              file=sys.stderr)  # fmt: skip
     if not manifest["finished"]:
         raise UserError(f"{flag} {run_dir}: train_vae.py has not finished here; give its command again")
     file = f"vae_ckpt_epoch{tag}.pth"

@@ -1,6 +1,7 @@
 """Every setting, once: its name, default, unit and range; the presets; the command-line flags made from them.
 
-What it is not: a config framework. One frozen dataclass, two small tables, one argparse parser, no torch. The defaults are the recipe (preset `coco`); a preset states only what differs.
+What it is not: a config framework. One frozen dataclass, two small tables, one argparse parser, no torch. The defaults are
+the recipe (preset `coco`); a preset states only what differs.
 """
 
 import argparse
@@ -136,6 +137,8 @@ class SDConfig:
         for f in fields(self):
             _check_range(f, getattr(self, f.name))
         self._check_diffusion()
+        _check(self.ema_sigma_rel == 0 or self.ema_sigma_rel >= 0.01, "ema_sigma_rel",
+               f"{self.ema_sigma_rel} is out of range", "give 0.01 to 0.28, or 0")  # fmt: skip
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
                "leave out --ema_warmup")  # fmt: skip
         _check(self.held_out_combinations == 0 or self.dataset == "scenes", "held_out_combinations",
@@ -166,6 +169,9 @@ class SDConfig:
         """Settings that contradict each other or would not be read."""
         _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
         last = self.beta_end * (1000 / self.timesteps if self.scale_betas else 1)
+        log_alpha_bar = sum(math.log1p(-b) for b in (self.beta_start, last)) / 2 * self.timesteps if last < 1 else 0
+        _check(log_alpha_bar > -200 or self.beta_schedule != "linear", "beta_end", "leaves no signal long before the last step",
+               "give smaller betas or fewer --timesteps")  # fmt: skip
         _check(last < 1, "scale_betas", f"makes the last beta {last:.3g}, and it must be below 1",
                f"give more than {1000 * self.beta_end:.0f} --timesteps, or leave the flag out")  # fmt: skip
         flow, cosine = self.prediction_type == "flow", self.beta_schedule == "cosine"

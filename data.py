@@ -147,7 +147,7 @@ def open_dataset(cfg, margin=0):
     """
     larger = cfg.image_size + margin
     if cfg.dataset == "scenes":
-        combinations, _ = split_combinations(cfg.held_out_combinations)
+        combinations = split_combinations(cfg.held_out_combinations)[0] if cfg.held_out_combinations else None
         return (Scenes(TRAIN_SERIES, cfg.max_images, larger, combinations),
                 Scenes(HELD_OUT_SERIES, cfg.held_out_images, cfg.image_size, combinations))  # fmt: skip
     train, held_out = coco_splits(cfg) if cfg.dataset == "coco" else split(folder_records(cfg.data_root), cfg)
@@ -377,17 +377,6 @@ def report_bad(bad, total, skip):
     print(f"left out {len(bad)} of {total} pictures that cannot be read ({shown})")
 
 
-@torch.no_grad()
-def encode_pictures(vae, pixels, device, progress):
-    """uint8 pictures (N, 3, S, S) -> mu, log_var: (N, C, s, s) each, on the CPU."""
-    found = []
-    for x in pixels.split(32):
-        found.append(torch.stack(vae.encode(x.to(device).float().div_(127.5).sub_(1.0))).cpu())
-        progress.update(len(x))
-    progress.close()
-    return torch.cat(found, dim=1)
-
-
 def fingerprint(*parts):
     """SHA-256 of tensors and lists of captions: the same if and only if a training would see the same."""
     digest = hashlib.sha256()
@@ -418,7 +407,7 @@ def draw_views(count, cfg):
 def take_views(pixels, index, views, size):
     """Pictures by their numbers, cropped and mirrored as draw_views() says: uint8 (N, 3, S, S) -> (B, 3, size, size)."""
     if pixels.shape[-1] == size and not views.any():
-        return pixels[index]
+        return pixels[index.to(pixels.device, non_blocking=pixels.is_cuda)]
     top, left, mirrored = views.T[:, :, None]  # (B, 1) each
     along = torch.arange(size)
     rows, columns = top + along, left + torch.where(mirrored == 1, size - 1 - along, along)  # (B, size) each

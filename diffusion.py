@@ -1,7 +1,8 @@
 """The diffusion process: noise schedules, what the U-Net learns to predict, guidance, sample().
 
-What it is not: no network, no device picking, no files; the samplers' formulas are in samplers.py. Functions on tensors; a model is any callable. The recipe is
-the default of everything; what goes beyond it is chosen by the fields of SDConfig and the arguments of sample().
+What it is not: no network, no device picking, no files; the samplers' formulas are in samplers.py. Functions on tensors; a
+model is any callable. The recipe is the default of everything; what goes beyond it is chosen by the fields of SDConfig and
+the arguments of sample().
 
 Everything here is z_t = a_t x0 + b_t eps: latents are called z where the papers have x, and t grows with the noise.
 Diffusion counts t = 0 .. T - 1 with a = sqrt(alpha_bar_t), b = sqrt(1 - alpha_bar_t). Flow matching has a = 1 - s,
@@ -124,7 +125,7 @@ def draw_times(count, cfg):
 
 def add_noise(process, x0, t, noise):
     """What the U-Net gets and what it should say: x0, noise (B, ...), t (B,) on the CPU -> z_t, target: (B, ...) each."""
-    a, b = (c.to(x0).view(-1, *[1] * (x0.dim() - 1)) for c in levels(process, t))
+    a, b = (c.to(x0, non_blocking=x0.is_cuda).view(-1, *[1] * (x0.dim() - 1)) for c in levels(process, t))
     target = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - b * x0, "flow": lambda: noise - x0}
     return a * x0 + b * noise, target[process.prediction_type]()
 

@@ -1,6 +1,6 @@
 """Measure a finished run: every figure that README.md quotes comes from here.
 
-  python evaluate.py                                    the newest of runs/coco and runs/demo
+  python evaluate.py                                    the newest of runs/<preset>
   python evaluate.py --run_dir runs/demo --ema --num_prompts 1024 --steps 50
 
 Prints a table; writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (evaluation_ema... with
@@ -32,13 +32,14 @@ import torch.nn.functional as F
 import metrics
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, SDConfig, UserError, positive_int
-from data import Scenes, encode_pictures, open_dataset, read_pictures
+from data import Scenes, open_dataset, read_pictures
 from diffusion import configured_process, held_out_losses, levels, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, split_combinations
 from text_encoder import make_text_encoder
 from training import (
     Progress,
     add_sampling_flags,
+    encode_pictures,
     make_autocast,
     pick_device,
     run_script,
@@ -57,7 +58,6 @@ ATTRIBUTES = {"subject": list(SUBJECTS), "colour": list(COLOURS), "place": list(
 LOSS_BINS = 10
 LOSS_DRAWS = 4  # times and noises per held-out picture
 LATENT_NUMBERS = 2**24  # of the training latents that are looked at: bounds memory, and time without a GPU
-LARGEST_COVARIANCE = 4096  # numbers in a latent (256 pixels): beyond it the eigenvalues take hours
 NEAREST_SIZE, NEAREST_SHOWN = 16, 8  # side at which pictures are compared [pixels]; pairs in the PNG
 BATCH = 32  # pictures at a time
 
@@ -91,7 +91,8 @@ def main():
     held_out, captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
     if len(train) < 2:
         raise UserError(f"--run_dir {run_dir}: trained on one picture, whose variance is unknown; train on more")
-    latents = encode(model, train[: max(2, LATENT_NUMBERS // latent_numbers(cfg))])
+    some = train[: max(2, LATENT_NUMBERS // latent_numbers(cfg) // (2 if cfg.horizontal_flips else 1))]
+    latents = encode(model, torch.cat([some, some.flip(3)]) if cfg.horizontal_flips else some)
     held_out_latents = encode(model, held_out)
     seen, unseen = split_combinations(cfg.held_out_combinations)
     if cfg.dataset == "scenes":
@@ -112,7 +113,7 @@ def main():
     pictures, z = generate(model, prompts, 0, options, "generate")
     results["distances"] = distances(judge, pictures, real, model.device)
     results["channel_means"] = channel_means(z, held_out_latents, latents)
-    results["memorisation"] = memorisation(pictures, held_out, train, f"{files}_nearest.png")
+    results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{files}_nearest.png")
     if cfg.dataset == "scenes":
         results["prompts"] = prompt_accuracy(judge, pictures, real, seen, model.device)
     if cfg.held_out_combinations:
@@ -130,7 +131,7 @@ def main():
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/coco and runs/demo)")
+    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
     parser.add_argument("--ema", action="store_true", help="measure the averaged weights")
     parser.add_argument("--num_prompts", type=positive_int, default=256,
                         help="pictures to generate, and as many of combinations held out (default: 256)")  # fmt: skip
@@ -222,7 +223,7 @@ def loss_over_bounds(t, loss, latents, cfg):
     figures = {"target": target, "mean": loss.mean().item(), "by_timestep": metrics.mean_by_bin(loss, bins, LOSS_BINS)}
     figures |= {"latents": len(latents[0]), "latent_numbers": latent_numbers(cfg), "wiener": None}
     eigenvalues = {"white": latents[0].double().var(dim=0).mean() + latents[1].double().exp().mean()}
-    if latent_numbers(cfg) <= LARGEST_COVARIANCE:
+    if latent_numbers(cfg) <= metrics.LARGEST_COVARIANCE:
         eigenvalues["wiener"] = torch.linalg.eigvalsh(metrics.latent_covariance(*latents)).clamp(min=0)
     for kind, values in eigenvalues.items():
         bound = metrics.wiener_bound(a, b, values.reshape(-1), target)
@@ -264,17 +265,24 @@ def channel_means(z, held_out, train):
             "held_out": (other.sum() / real.sum()).item() if len(held_out[0]) > 1 else None}  # fmt: skip
 
 
-def memorisation(generated, held_out, train, path):
+def memorisation(generated, held_out, train, cfg, path):
     """Root mean squared differences, in pixel values of [0, 1], to the nearest training picture at NEAREST_SIZE.
 
     nearer: share of the generated pictures that are nearer than the nearest 5 % of the held-out ones, about 0.05 if
     nothing is memorised. path: PNG of the closest pairs, the generated picture left of the training picture.
     """
-    chunks = lambda: (metrics.reduced(x, NEAREST_SIZE) for x in train.split(1024))  # noqa: E731
+
+    def chunks():
+        for mirrored in (False, True) if cfg.horizontal_flips else (False,):
+            for x in train.split(1024):
+                yield metrics.reduced(x.flip(3) if mirrored else x, NEAREST_SIZE)
+
     distance, number = metrics.nearest(metrics.reduced(generated, NEAREST_SIZE), chunks())
     usual, _ = metrics.nearest(metrics.reduced(held_out, NEAREST_SIZE), chunks())
     closest = distance.argsort()[:NEAREST_SHOWN]
-    pairs = torch.stack([generated[closest], train[number[closest]]], dim=1).flatten(0, 1)
+    n = len(train)
+    near = torch.stack([train[i] if i < n else train[i - n].flip(2) for i in number[closest].tolist()])
+    pairs = torch.stack([generated[closest], near], dim=1).flatten(0, 1)
     save_grid(path, pairs.float() / 255, columns=4)
     return {"nearer": (distance < usual.quantile(0.05)).float().mean().item(),
             "generated": {"median": distance.median().item(), "least": distance.min().item()},

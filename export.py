@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 
 import text_encoder
-from checkpoint import load_models, plain_weights, read_file, read_manifest, sync_folder, write_file
+from checkpoint import check_text_encoder, load_models, plain_weights, read_file, read_manifest, sync_folder, write_file
 from config import UserError, printable
 from text_encoder import CLIP_NAME, CLIP_REVISION, ClipTextEncoder, make_text_encoder
 from training import read_csv
@@ -48,6 +48,7 @@ def export_run(folder, run_dir, ema=False, source=None):
         raise UserError(f"--export {folder}: is there already, and not an empty folder; give another name")
     cfg, name, vae, unet, t_embedder = load_models(run_dir, ema, torch.device("cpu"))
     encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
+    check_text_encoder(run_dir, encoder)
     with_clip = isinstance(encoder, ClipTextEncoder)
     pipeline = with_clip and cfg.prediction_type != "flow"  # which StableDiffusionPipeline does not drive
     if cfg.normalize_latents:
@@ -162,12 +163,11 @@ def noise_schedule(cfg):
     if cfg.prediction_type == "flow":
         return {"num_train_timesteps": cfg.timesteps, "shift": 1.0}
     scale = 1000 / cfg.timesteps if cfg.scale_betas else 1.0
-    return {
-        "num_train_timesteps": cfg.timesteps, "prediction_type": cfg.prediction_type,
-        "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[cfg.beta_schedule],
-        "beta_start": scale * cfg.beta_start, "beta_end": scale * cfg.beta_end,
-        "rescale_betas_zero_snr": cfg.rescale_betas_zero_snr,
-    }  # fmt: skip
+    schedule = {"beta_schedule": "linear", "beta_start": scale * cfg.beta_start, "beta_end": scale * cfg.beta_end}
+    if cfg.beta_schedule == "cosine":
+        schedule = {"beta_schedule": "squaredcos_cap_v2"}
+    return {"num_train_timesteps": cfg.timesteps, "prediction_type": cfg.prediction_type, **schedule,
+            "rescale_betas_zero_snr": cfg.rescale_betas_zero_snr}  # fmt: skip
 
 
 def scheduler_config(cfg):

@@ -13,6 +13,7 @@ The bound is that of Wiener (1949): the best linear estimate, which for Gaussian
 import torch
 import torch.nn.functional as F
 
+LARGEST_COVARIANCE = 4096  # numbers in a latent (256 pixels): beyond it the eigenvalues take hours
 CHUNK = 1024  # rows at a time where all pairs of two sets are looked at
 
 # ---- The denoiser's loss, beside what is known without one ----------------------------------------------

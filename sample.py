@@ -12,7 +12,6 @@ What it is not: no schedule, no model and no sampling formula is here; they come
 import math
 import os
 import re
-import sys
 
 import torch
 from PIL import PngImagePlugin
@@ -20,20 +19,22 @@ from torchvision.utils import make_grid
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int, printable
-from data import encode_pictures, open_dataset, read_pictures
+from data import open_dataset, read_pictures
 from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
-from metrics import latent_covariance
+from metrics import LARGEST_COVARIANCE, latent_covariance
 from text_encoder import make_text_encoder
 from training import (
     Progress,
     add_sampling_flags,
+    encode_pictures,
     make_autocast,
     pick_device,
     png_bytes,
     run_script,
     sampling_options,
     show_progress,
+    usage_error,
 )
 
 IMAGES_PER_BATCH = 32
@@ -57,8 +58,10 @@ def main():
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     check_text_encoder(run_dir, text_encoder)
-    autocast = make_autocast(device, args.mixed_precision)
+    autocast = make_autocast(device, args.mixed_precision or cfg.mixed_precision)
     process = configured_process(cfg)
+    if args.start == "fitted" and (args.size or math.prod(unet.latent_shape) > LARGEST_COVARIANCE):
+        usage_error("--start: fitted is for pictures of the training size, of at most 256 pixels; leave it out")
     if args.start == "fitted":
         options["start"] = fitted_start(*latent_statistics(vae, cfg, device), process)
     if args.size:
@@ -101,8 +104,8 @@ def parse_args():
     parser.add_argument("--size", type=positive_int, nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="of the pictures, in pixels (default: as in training)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
-    parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"), default="auto",
-                        help="bf16 autocast; auto: where the processor computes in it (default: auto)")  # fmt: skip
+    parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16"),
+                        help="bf16 autocast; auto: where the processor computes in it (default: as in training)")  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
     parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
     parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
@@ -122,6 +125,7 @@ def latent_statistics(vae, cfg, device):
     """Mean (D,) and covariance (D, D) of the latents of the pictures that the run was trained on, which must be there."""
     pixels, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read training pictures"))
     pixels = pixels[:FITTED_PICTURES]
+    pixels = torch.cat([pixels, pixels.flip(3)]) if cfg.horizontal_flips else pixels
     mu, log_var = encode_pictures(vae, pixels, device, Progress(len(pixels), "encode pictures"))
     return mu.double().flatten(1).mean(dim=0), latent_covariance(mu, log_var)
 
@@ -131,8 +135,7 @@ def check_size(size, vae, unet):
     try:
         latent_shape(unet, vae, size)
     except ValueError as e:
-        print(f"error: --size: {e}; give others", file=sys.stderr)
-        sys.exit(2)
+        usage_error(f"--size: {e}; give others")
     return tuple(size)
 
 
@@ -141,8 +144,12 @@ def parameters(prompt, options, seed, image, model_name):
     lines = [" ".join(prompt.split())]
     if options["negative_prompt"]:
         lines.append(f"Negative prompt: {' '.join(options['negative_prompt'].split())}")
+    extra = [f", {what}: {options[key]}" for what, key, usual in (
+        ("Eta", "eta", 0.0), ("Guidance interval", "guidance_interval", (0.0, 1.0))) if options[key] != usual]  # fmt: skip
+    extra += [", Start: fitted"] if "start" in options else []
     lines.append(f"Steps: {options['num_steps']}, Sampler: {options['sampler'].upper()}, CFG scale: "
-                 f"{options['guidance_scale']:g}, Seed: {seed}, Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}")  # fmt: skip
+                 f"{options['guidance_scale']:g}, Seed: {seed}, Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}"
+                 + "".join(extra))  # fmt: skip
     return "\n".join(lines)
 
 

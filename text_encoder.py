@@ -43,11 +43,14 @@ class ClipTextEncoder(nn.Module):
         self.model.eval().requires_grad_(False)
 
     def key(self):
-        """What the embeddings depend on, for caches: the weights."""
-        weights = hashlib.sha256()
+        """What the embeddings depend on, for caches: the weights, what the config says of their use, the tokenizer."""
+        digest = hashlib.sha256()
         for value in self.model.state_dict().values():
-            weights.update(value.cpu().contiguous().numpy())
-        return {"clip": weights.hexdigest()}
+            digest.update(value.cpu().contiguous().numpy())
+        config = self.model.config
+        digest.update(repr([config.hidden_act, config.layer_norm_eps, config.num_attention_heads]).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        return {"clip": digest.hexdigest()}
 
     def tokenize(self, prompts):
         """Token ids (B, 77); says once on stderr what did not fit. Special tokens written in a prompt are plain text."""
@@ -201,7 +204,7 @@ def _from_pretrained(source, **where):
     logging.set_verbosity_error()  # the file also holds the image tower, and transformers would list what we leave out
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model, info = CLIPTextModel.from_pretrained(source, output_loading_info=True, **where)
+        model, info = CLIPTextModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **where)
     except MemoryError:
         raise
     except Exception as e:  # the library raises many kinds, and each means that this model cannot be had

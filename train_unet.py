@@ -7,7 +7,7 @@
 Writes to the run directory: unet_ckpt{E}.pth, t_ember_ckpt{E}.pth (time embedding) and ema_unet_ckpt{E}.pth
 (plain state_dicts), unet_train.csv, unet_held_out.csv, unet_curves.png, and unet_samples_epoch{E}.png:
 the same prompts from the same noise at every epoch.
-What it is not: schedule, loss and sampler are in diffusion.py, the model in unet.py, every setting in config.py.
+What it is not: schedule and loss are in diffusion.py, samplers in samplers.py, the model in unet.py, every setting in config.py.
 """
 
 import copy
@@ -56,6 +56,7 @@ from training import (
     run_script,
     save_grid,
     seed_step,
+    send,
     shares_of,
     show_progress,
     to_float,
@@ -131,20 +132,21 @@ def main():
             step += 1
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
-            seen = index + len(pixels) * draw_mirrored(len(index), cfg)
+            seen = send(index + len(pixels) * draw_mirrored(len(index), cfg), device)
             z = reparameterize(mu[seen], log_var[seen])  # drawn anew at each use, as if encoded again
             t = draw_times(len(z), cfg)
             noise = torch.randn_like(z)
             rows = drop_captions(choose_captions(first_rows, index), first_rows[-1], cfg.caption_dropout)
-            snr_weights = min_snr_weights(process, t, cfg.min_snr_gamma).to(device)
+            snr_weights = send(min_snr_weights(process, t, cfg.min_snr_gamma), device)
             batch_loss = torch.zeros((), device=device)
             optimizer.zero_grad()
             for mine, weight in shares_of(len(z), world, cfg.grad_accumulation):  # all above is of the whole batch
-                z_t, target = add_noise(process, z[mine], t[mine], noise[mine])
+                here = send(mine, device)
+                z_t, target = add_noise(process, z[here], t[mine], noise[here])
                 text_emb = embed_captions(rows[mine])
                 with autocast():
-                    out = denoise(z_t, embed_t(t[mine].to(device)), text_emb)
-                loss = weight * (snr_weights[mine] * prediction_loss(out, target)).mean()
+                    out = denoise(z_t, embed_t(send(t[mine], device)), text_emb)
+                loss = weight * (snr_weights[here] * prediction_loss(out, target)).mean()
                 loss.backward()
                 batch_loss += loss.detach()
             batch_loss = average_over(batch_loss, world)
@@ -171,7 +173,7 @@ def main():
             )
             progress.say(f"epoch {epoch}: held-out loss {held_out_loss:.4f}")
             path = os.path.join(args.run_dir, f"unet_samples_epoch{epoch}.png")
-            show_samples((unet, vae, t_ember, text_encoder), autocast, cfg, path)
+            show_samples((unet, vae, t_ember, text_encoder), process, autocast, cfg, path)
             draw_curves(args.run_dir)
         epochs_done = epoch
         if epoch % cfg.save_every == 0 or epoch == last_epoch:
@@ -225,7 +227,7 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
     shape = (cfg.text_length, cfg.text_dim)
     embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
     embedded = near(embedded, device)
-    return lambda rows: embedded[rows].to(device, non_blocking=True).float()
+    return lambda rows: embedded[send(rows, embedded.device)].to(device, non_blocking=True).float()
 
 
 def evaluate(unet, t_ember, text_encoder, held_out, captions, process, cfg):
@@ -241,12 +243,12 @@ def log_training(run, step, loss, lr):
         append_csv(os.path.join(run.dir, "unet_train.csv"), {"step": step, "lr": lr, "loss": loss.item()})
 
 
-def show_samples(models, autocast, cfg, path):
+def show_samples(models, process, autocast, cfg, path):
     """A row per prompt, from the same noise at every epoch."""
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
     with autocast():
         images = sample(*models, prompts, cfg.timesteps, len(prompts),
-                        process=configured_process(cfg), seeds=list(range(len(prompts))))  # fmt: skip
+                        process=process, seeds=list(range(len(prompts))))  # fmt: skip
     save_grid(path, images, columns=SAMPLES_PER_PROMPT)
 
 

@@ -42,6 +42,7 @@ from training import (
     run_script,
     save_grid,
     seed_step,
+    send,
     shares_of,
     show_progress,
     to_float,
@@ -117,7 +118,7 @@ def main():
                 x = take_views(pixels, index[mine], views[mine], cfg.image_size)
                 x = to_float(x, device).contiguous(memory_format=conv_layout(device))
                 with autocast():
-                    mu, log_var, x_hat = autoencode(x, eps[mine], transform)
+                    mu, log_var, x_hat = autoencode(x, eps[send(mine, device)], transform)
                 loss, mse, kl = vae_loss(transformed(x, transform), mu.float(), log_var.float(), x_hat.float(),
                                          cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)  # fmt: skip
                 (weight * loss).backward()
@@ -156,8 +157,11 @@ def main():
 
     # ---- Done ----
     progress.close()
-    print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; "
-          f"next: python train_unet.py --preset {args.preset} --run_dir {args.run_dir}")  # fmt: skip
+    following = f"train_unet.py --preset {args.preset} --run_dir {args.run_dir}"
+    following += " --normalize_latents" if cfg.normalize_latents else ""
+    if cfg.finetune_decoder_of:
+        following = f'sample.py --run_dir {cfg.finetune_decoder_of} --vae {args.run_dir} --prompt "a red sports car"'
+    print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; next: python {following}")
 
 
 def evaluate(vae, held_out, device, cfg):

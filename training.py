@@ -1,7 +1,8 @@
-"""What the scripts share: errors, signals, device and precision, randomness by step, the optimizer's step, curves, progress.
+"""What the scripts share: errors, signals, device and precision, randomness by step, the optimizer's step, curves, progress,
+and last the flags that ask for pictures.
 
-What it is not: a Trainer. There are no hooks and no loop here, nothing knows what is being trained, and what a run
-keeps on disk is in checkpoint.py.
+What it is not: a Trainer. There are no hooks and no loop here, no step knows what is being trained, and what a run keeps
+on disk is in checkpoint.py.
 
 Randomness is a function of progress (after EDM2, Karras et al. 2024, arXiv 2312.02696): data order from
 (seed, epoch), everything else from (seed, step). Nothing else has to be remembered to repeat a run.
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from checkpoint import write_file
 from config import LARGEST, UserError, positive_int, printable
-from samplers import SAMPLERS, SAMPLERS_FOR
+from samplers import SAMPLERS, choose_sampler
 
 # ---- Errors ---------------------------------------------------------------------------------------------
 
@@ -65,7 +66,9 @@ def run_script(main):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
-        fail("--batch_size: not enough memory; give a smaller one, or fewer --max_images")
+        fail(
+            "--batch_size: not enough memory; give a smaller one, or fewer --max_images; of sample.py a smaller --size"
+        )
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -81,6 +84,12 @@ def make_output_safe():
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def usage_error(message):
+    """Exit with code 2 and one line, for flags that only the run can tell to be wrong."""
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def fail(message):
@@ -198,9 +207,9 @@ def shares_of(count, world, parts):
     The weighted losses, summed over parts and averaged over processes, are the mean over the batch.
     """
     mine = torch.arange(count)[world.rank :: world.size]
-    if len(mine) == 0:  # more processes than samples: takes part, counts for nothing
-        return [(torch.zeros(1, dtype=torch.long), 0.0)]
-    return [(part, len(part) * world.size / count) for part in mine.chunk(parts)]
+    parts = min(parts, math.ceil(count / world.size))  # of all processes alike: each part ends in a common reduction
+    nothing = torch.zeros(1, dtype=torch.long), 0.0  # one sample that counts for nothing, where there is none left
+    return [(part, len(part) * world.size / count) if len(part) else nothing for part in mine.tensor_split(parts)]
 
 
 def check_held_out(figure, step, last_saved):
@@ -455,6 +464,11 @@ def png_bytes(x, **options):
     return data.getvalue()
 
 
+def send(tensor, device):
+    """A small tensor of the CPU -> on `device`, without waiting for what the device is doing."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def near(pixels, device):
     """pixels, moved to a GPU if they take less than half of what is free there; a batch is an index either way."""
     if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -465,6 +479,17 @@ def near(pixels, device):
 def to_float(pixels, device):
     """uint8 pictures (B, 3, H, W) -> float32 in [-1, 1] on `device`."""
     return pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+
+
+@torch.no_grad()
+def encode_pictures(vae, pixels, device, progress):
+    """uint8 pictures (N, 3, S, S) -> mu, log_var: (N, C, s, s) each, on the CPU."""
+    found = []
+    for x in pixels.split(32):
+        found.append(torch.stack(vae.encode(to_float(x, device))).cpu())
+        progress.update(len(x))
+    progress.close()
+    return torch.cat(found, dim=1)
 
 
 # ---- Flags of sampling ----------------------------------------------------------------------------------
@@ -490,11 +515,8 @@ def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
     steps, flow = args.steps or cfg.timesteps, cfg.prediction_type == "flow"
     low, high = args.guidance_interval
-    names = SAMPLERS_FOR[cfg.prediction_type]
     checks = (
         (flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}"),
-        (args.sampler in (None, *names), "sampler", f"{args.sampler} does not go with the run's prediction_type "
-         f"{cfg.prediction_type}; choose from {', '.join(names)}"),
         (0 <= args.eta <= (args.sampler == "ddim"), "eta", f"{args.eta} is out of range; give 0 to 1, and --sampler ddim"),
         (abs(args.guidance_scale) <= LARGEST, "guidance_scale", f"{args.guidance_scale} is out of range; give a number"),
         (0 <= low <= high <= 1, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1"),
@@ -503,12 +525,15 @@ def sampling_options(args, cfg):
     )  # fmt: skip
     for ok, name, what in checks:
         if not ok:
-            print(f"error: --{name}: {what}", file=sys.stderr)
-            sys.exit(2)
+            usage_error(f"--{name}: {what}")
+    try:
+        sampler = choose_sampler(cfg.prediction_type, args.sampler)
+    except ValueError as e:
+        usage_error(f"--sampler: {e}")
     if args.guidance_scale != 1 and not cfg.caption_dropout:
         print(
             "warning: the run was trained without --caption_dropout; guidance has nothing to compare with",
             file=sys.stderr,
         )
-    return {"num_steps": steps, "sampler": args.sampler or names[0], "eta": args.eta, "guidance_scale": args.guidance_scale,
+    return {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": args.guidance_scale,
             "negative_prompt": args.negative_prompt, "guidance_interval": (low, high)}  # fmt: skip

@@ -245,7 +245,7 @@ class UNetLatent(nn.Module):
     """Predicts the noise eps in z_t (DDPM, section 3.2), or what else it is trained to tell.
 
     z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from
-    TimeEmbedding; text_emb: (B, L, text_dim) -> eps: shape of z.
+    TimeEmbedding; text_emb: (B, L, text_dim) -> prediction: shape of z.
 
     cfg needs: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
     unet_norm_num_groups and num_heads), unet_layers_per_block, unet_norm_num_groups, num_heads, text_dim, time_dim.

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (4, H/8, W/8) of about unit variance.
+"""The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (C, H/f, W/f) of about unit variance; the recipe has C = 4, f = 8.
 
 What it is not: no discriminator, no perceptual loss, and no latent scaling factor. The KL weight alone
 keeps the latents near N(0, 1), so the diffusion model uses them as they come: z = mu + sigma * eps. With

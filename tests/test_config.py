@@ -118,7 +118,8 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     ({"prediction_type": "flow", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
     ({"prediction_type": "v_prediction", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
     ({"flow_times": "uniform"}, "--flow_times: .*--prediction_type flow"),
-    ({"caption_dropout": 1.5}, "--caption_dropout"),
+    ({"caption_dropout": 1.5}, "--caption_dropout"), ({"ema_sigma_rel": 1e-160}, "--ema_sigma_rel"),
+    ({"timesteps": 1000, "beta_end": 0.999}, "--beta_end"), ({"timesteps": 100_000}, "--beta_end"),
 ])  # fmt: skip
 def test_diffusion_settings_that_make_no_sense_together_are_refused(settings, message):
     """The message names the flag and what to do."""

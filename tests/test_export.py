@@ -158,6 +158,28 @@ def test_the_models_open_alone_and_strictly(clip_run):
         assert (unet(z, t_embedder(t), text_emb) - theirs[1](z, t, text_emb).sample).abs().max() <= TOLERANCE
 
 
+def test_another_text_encoder_than_the_trained_one_is_not_exported(clip_run, tiny_clip, tmp_path, run_here):
+    """Same shape, other weights: the run's manifest knows which it was."""
+    import shutil
+
+    from transformers import CLIPTextModel
+
+    from checkpoint import own_hash
+
+    other = shutil.copytree(tiny_clip, tmp_path / "other")
+    model = CLIPTextModel.from_pretrained(tiny_clip)
+    next(model.parameters()).data.mul_(2)
+    model.save_pretrained(other)
+    shutil.copytree(clip_run / "run", tmp_path / "run")
+    path = tmp_path / "run/unet_set2.json"
+    manifest = json.loads(path.read_text()) | {"text": ClipTextEncoder(str(tiny_clip)).key()}
+    path.write_text(json.dumps(manifest | {"sha256": own_hash(manifest)}))
+    result = run_here("sample.py", "--export", "out", "--run_dir", "run", "--text_encoder", other, cwd=tmp_path)
+    assert_one_line_error(result, 1, "--text_encoder")
+    assert not (tmp_path / "out").exists()
+    assert run_here("sample.py", "--export", "out", "--run_dir", "run", cwd=tmp_path).returncode == 0
+
+
 def test_normalized_latents_are_refused(tmp_path, run_here):
     (tmp_path / "run").mkdir()
     make_run(tmp_path / "run", normalize_latents=True)

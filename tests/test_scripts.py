@@ -189,6 +189,7 @@ def test_guidance_negative_prompt_sampler_and_start_change_the_picture_and_are_w
     different = [k for k in pixels if k != "never"]
     for a, b in itertools.combinations(different, 2):
         assert (pixels[a] != pixels[b]).any(), (a, b)
+    assert "Eta: 1" in found["eta"][1] and "Start: fitted" in found["fitted"][1]
     assert "CFG scale: 5" in found["guided"][1] and "Sampler: DPMPP_2M" in found["2m"][1]
     assert found["negative"][1].splitlines()[1] == "Negative prompt: a dog"
 
@@ -203,6 +204,7 @@ def test_pictures_of_another_size(tiny_run, tmp_path, run_here):
     (["--guidance_interval", "0.5", "0.2"], "--guidance_interval"), (["--guidance_interval", "0", "nan"], "--guidance_interval"),
     (["--negative_prompt", "x"], "--negative_prompt"), (["--eta", "1"], "--eta"), (["--sampler", "ddim", "--eta", "nan"], "--eta"),
     (["--sampler", "heun"], "choose from ddpm"), (["--size", "33", "32"], "--size"), (["--size", "0", "32"], "--size"),
+    (["--start", "fitted", "--size", "64", "32"], "--start"),
 ])  # fmt: skip
 def test_sampling_flags_that_do_not_fit_are_refused(tiny_run, argv, word, run_here):
     assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)

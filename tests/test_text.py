@@ -224,3 +224,26 @@ def test_time_is_not_wasted_on_words_seen_before():
     encoder = WordHashTextEncoder()
     encoder(["a red car"] * 8)
     assert len(encoder.vectors) == 6  # three words, three positions
+
+
+def test_a_model_saved_in_half_precision_is_used_in_full(clip_dir, tmp_path):
+    """Else a cache could not hash its weights, and a CPU would compute in 8 bits."""
+    import shutil
+
+    from transformers import CLIPTextModel
+
+    path = shutil.copytree(clip_dir, tmp_path / "clip")
+    CLIPTextModel.from_pretrained(clip_dir).to(torch.bfloat16).save_pretrained(path)
+    encoder = ClipTextEncoder(str(path))
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.float32} and len(encoder.key()["clip"]) == 64
+
+
+def test_the_key_tells_models_apart_by_what_changes_their_embeddings(clip_dir, tmp_path):
+    import json
+    import shutil
+
+    path = shutil.copytree(clip_dir, tmp_path / "clip")
+    same, config = ClipTextEncoder(str(path)).key(), json.loads((path / "config.json").read_text())
+    assert same == ClipTextEncoder(str(clip_dir)).key()
+    (path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    assert ClipTextEncoder(str(path)).key() != same
