@@ -62,12 +62,18 @@ class Executes:
         return os.system, ("touch pwned",)
 
 
-def in_zip(content):
+def in_zip(content, size=0):
+    """A file as torch.save makes them, with this pickle, of at least that size: else its size alone would give it away."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as z:
         z.writestr("archive/data.pkl", content)
         z.writestr("archive/version", "3\n")
+        z.writestr("archive/data/0", bytes(size))
     return data.getvalue()
+
+
+def with_tail(content, size=0):
+    return content + bytes(size)
 
 
 def damage(data, how):
@@ -93,18 +99,20 @@ def test_a_damaged_checkpoint_is_named(copy, run_here, file, how):
 @pytest.mark.parametrize("how", ["half", "empty", "html", "pointer", "random", "zip"])
 def test_a_damaged_checkpoint_that_its_manifest_vouches_for_is_named(copy, run_here, how):
     """A stranger signs what he sends: behind the checksum stands a reader that trusts nothing either."""
-    forge(copy / "run", "unet", "2", "unet_ckpt2.pth", damage((copy / "run/unet_ckpt2.pth").read_bytes(), how))
+    good = (copy / "run/unet_ckpt2.pth").read_bytes()
+    bad = damage(good, how)
+    forge(copy / "run", "unet", "2", "unet_ckpt2.pth", with_tail(bad, len(good) - len(bad)))
     result = run_here(*SAMPLE, cwd=copy)
     assert_one_line_error(result, 1, "unet_ckpt2.pth", "restore")
     assert "weights_only" not in result.stderr
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("wrap", [in_zip, bytes])
+@pytest.mark.parametrize("wrap", [in_zip, with_tail])
 @pytest.mark.parametrize("file", ["unet_ckpt2.pth", "t_ember_ckpt2.pth", "vae_ckpt_epoch2.pth"])
 def test_a_pickle_that_executes_does_not(copy, run_here, monkeypatch, protocol, wrap, file):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    evil = wrap(pickle.dumps({"conv_in.weight": Executes()}, protocol))
+    evil = wrap(pickle.dumps({"conv_in.weight": Executes()}, protocol), (copy / "run" / file).stat().st_size)
     forge(copy / "run", "unet", "2", file, evil)
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, file)
     assert not list(copy.rglob("pwned"))
