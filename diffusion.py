@@ -247,6 +247,8 @@ def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, scale=1
     t_embs = t_embedder(t.float().to(device))  # (n, time_dim)
     cond = text_encoder(prompts)  # (B, L, text_dim)
     uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # once, instead of in each layer at each step
+        cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
     scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # the times are evenly spaced
     amplitudes = [c.tolist() for c in levels(process, t)]
 

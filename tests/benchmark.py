@@ -40,7 +40,7 @@ from test_models import randomize, their_unet, their_vae  # noqa: E402
 
 from config import PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
 from data import Pictures, read_pictures  # noqa: E402
-from diffusion import baab, make_process, prediction_loss, q_sample, sampling_grid, to_x0_eps  # noqa: E402
+from diffusion import baab, guided_denoiser, make_process, prediction_loss, q_sample, sampling_grid  # noqa: E402
 from samplers import ddpm  # noqa: E402
 from training import (  # noqa: E402
     FiniteGuard,
@@ -202,17 +202,15 @@ def bench_sample(device, rounds, steps=200):
     theirs = their_unet(cfg).to(device)
     theirs.load_state_dict(ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()})
     text_emb = torch.randn(4, cfg.text_length, cfg.text_dim, device=device)
-    z, (ts, a, b) = torch.randn(4, *ours.latent_shape, device=device), sampling_grid(make_process(), steps)
+    process = make_process()
+    z, (ts, a, b) = torch.randn(4, *ours.latent_shape, device=device), sampling_grid(process, steps)
     scheduler = diffusers.DDPMScheduler(cfg.timesteps, cfg.beta_start, cfg.beta_end, "linear", variance_type="fixed_large",
                                         clip_sample=False)  # fmt: skip
     scheduler.set_timesteps(steps)
 
     def our_loop():
-        def denoise(z, i):
-            eps = ours(z, t_ember(torch.full((4,), ts[i].item(), device=device)), text_emb)
-            return to_x0_eps("epsilon", eps, z, a[i].item(), b[i].item())
-
         with autocast():
+            denoise = guided_denoiser(ours, t_ember, lambda prompts: text_emb, [""] * 4, process, ts)
             ddpm(denoise, z, a, b, lambda: torch.randn_like(z))
 
     def their_loop():
