@@ -179,15 +179,21 @@ def test_pictures_are_reduced_by_averaging():
 
 
 def test_copies_of_training_pictures_are_found_and_shown(tmp_path):
-    train, held_out = paint(0, 1500), paint(1, 200)
-    copied = evaluate.memorisation(torch.cat([held_out[:60], train[1200:1204]]), held_out, train, tmp_path / "x.png")
+    cfg, train, held_out = SDConfig(), paint(0, 1500), paint(1, 200)
+    copied = evaluate.memorisation(
+        torch.cat([held_out[:60], train[1200:1204]]), held_out, train, cfg, tmp_path / "x.png"
+    )
     assert copied["generated"]["least"] == 0 and copied["held_out"]["least"] > 0
     with Image.open(tmp_path / "x.png") as shown:
         first = np.asarray(shown)[2:34]
     assert np.array_equal(first[:, 2:34], first[:, 36:68])
-    assert evaluate.memorisation(train[:64], held_out, train, tmp_path / "y.png")["nearer"] == 1
-    usual = evaluate.memorisation(held_out, held_out, train, tmp_path / "z.png")
+    assert evaluate.memorisation(train[:64], held_out, train, cfg, tmp_path / "y.png")["nearer"] == 1
+    usual = evaluate.memorisation(held_out, held_out, train, cfg, tmp_path / "z.png")
     assert usual["nearer"] == pytest.approx(0.05, abs=0.01) and usual["generated"] == usual["held_out"]
+    mirrored = evaluate.memorisation(
+        train[:64].flip(3), held_out, train, SDConfig(horizontal_flips=True), tmp_path / "m.png"
+    )
+    assert mirrored["generated"]["median"] == 0  # a mirrored copy is one if training saw both
 
 
 # ---- With a model ----
