@@ -18,10 +18,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import stat
 import sys
 from collections import Counter
+from functools import partial
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -37,6 +39,7 @@ from prepared import prepare
 from scenes import make_scene, paint, split_combinations
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
+LISTING = "metadata.jsonl"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be a giant
 MAX_PICTURE_BYTES = 100 << 20
@@ -48,9 +51,13 @@ TRAIN_SERIES, HELD_OUT_SERIES = 0, 1  # series of scenes: disjoint by their seed
 
 
 class Pictures(Dataset):
-    """Picture files with captions. records: [(path, [captions])]; [i] -> uint8 array (3, S, S), or str: what is wrong."""
+    """Picture files with captions. records: [(path, [captions])]; [i] -> uint8 array (3, S, S), or str: what is wrong.
 
-    def __init__(self, records, image_size):
+    homes: the folders that pictures may lie in, links followed.
+    """
+
+    def __init__(self, records, image_size, homes):
+        self.homes = homes
         self.names = [path for path, _ in records]
         self.captions = [captions for _, captions in records]
         self.image_size = image_size
@@ -72,6 +79,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, i):
         try:
+            refuse_stray(self.names[i], self.homes)
             return to_array(read_square(self.names[i], self.image_size))
         except MemoryError:
             raise
@@ -108,6 +116,23 @@ class Scenes(Dataset):
 def to_array(picture):
     """RGB PIL picture -> uint8 (3, H, W). An array, because a worker passes each tensor in a file of its own."""
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def homes_of(paths, root, dataset):
+    """Folders that the pictures `paths` of a data set may lie in once links are followed.
+
+    They are the root, and the folders whose names are the project's own, which users link to where there is room. A
+    metadata.jsonl names folders itself.
+    """
+    named = dataset == "folder" and os.path.exists(os.path.join(root, LISTING))
+    return {os.path.realpath(folder) for folder in [root, *(() if named else map(os.path.dirname, paths))]}
+
+
+def refuse_stray(path, homes):
+    """OSError if a file is a link that leads out of the data set, as archives from strangers can hold them."""
+    real = os.path.realpath(path)
+    if not any(os.path.commonpath([real, home]) == home for home in homes):
+        raise OSError(f"a link that leads out of the data set, to {real}")
 
 
 def read_square(path, size):
@@ -151,7 +176,8 @@ def open_dataset(cfg, margin=0):
         return (Scenes(TRAIN_SERIES, cfg.max_images, larger, combinations),
                 Scenes(HELD_OUT_SERIES, cfg.held_out_images, cfg.image_size, combinations))  # fmt: skip
     train, held_out = coco_splits(cfg) if cfg.dataset == "coco" else split(folder_records(cfg.data_root), cfg)
-    return Pictures(train[: cfg.max_images], larger), Pictures(held_out, cfg.image_size)
+    train, homes = train[: cfg.max_images], homes_of([path for path, _ in train + held_out], cfg.data_root, cfg.dataset)
+    return Pictures(train, larger, homes), Pictures(held_out, cfg.image_size, homes)
 
 
 def coco_splits(cfg):
@@ -288,7 +314,7 @@ def folder_records(root):
 
 
 def read_folder(root):
-    listing, images = os.path.join(root, "metadata.jsonl"), os.path.join(root, "images")
+    listing, images = os.path.join(root, LISTING), os.path.join(root, "images")
     listed = os.path.exists(listing)
     with enough_memory(listing if listed else images):
         records = jsonl_records(root, listing) if listed else sidecar_records(images)
@@ -338,6 +364,10 @@ def sidecar_records(folder):
             captions_file = os.path.join(folder, stem + ".txt")
             if not os.path.exists(captions_file):
                 raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
+            try:
+                refuse_stray(captions_file, {os.path.realpath(folder)})
+            except OSError as e:
+                raise UserError(f"{captions_file}: {e}; replace it by the file itself") from None
             captions = [clean_caption(line) for line in read_lines(captions_file)]
             records[os.path.join(folder, name)] = captions or [""]
     return records
@@ -350,6 +380,7 @@ def read_pictures(dataset, cfg, start_progress):
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
     size = dataset.image_size
+    check_processes(cfg.num_workers)
 
     def rows(first):
         rest = Subset(dataset, range(first, len(dataset)))
@@ -367,6 +398,16 @@ def read_pictures(dataset, cfg, start_progress):
         raise UserError(f"--data_root {cfg.data_root}: none of its {len(dataset)} pictures can be read; check the path")
     used = cfg.captions_per_image or None
     return pixels, [captions[:used] for i, captions in enumerate(dataset.captions) if i not in bad]
+
+
+def check_processes(num_workers):
+    """UserError where no process can be started: PyTorch would find out too late to end without a traceback."""
+    try:
+        if num_workers:
+            multiprocessing.Lock()  # lies in shared memory
+    except OSError as e:
+        raise UserError(f"--num_workers: no processes can be started ({e.strerror}; is /dev/shm full or read-only?); "
+                        "make room there, or give 0") from None  # fmt: skip
 
 
 def report_bad(bad, total, skip):
@@ -481,7 +522,7 @@ def put_aside_damaged_captions(path):
 def verify(args):
     """Decode every picture that has captions; print what is wrong and what is odd. -> exit code"""
     files, odd = coco_files(args.data_root) if args.dataset == "coco" else folder_files(args.data_root)
-    bad, modes = look_at_all(files)
+    bad, modes = look_at_all(files, homes_of(files, args.data_root, args.dataset))
     for what, names in (odd | modes).items():
         print_names(what, names, LISTED)
     print_names("pictures that cannot be read", [f"{path}: {why}" for path, (why, _) in bad.items()], len(bad))
@@ -503,13 +544,13 @@ def remedy(args):
     return f"python data.py verify --put_aside --data_root {args.data_root} and then download replace them"
 
 
-def look_at_all(files):
+def look_at_all(files, homes):
     """-> {path: (why it cannot be read, whether it is damaged)}, {what is odd about its mode: [paths]}"""
-    from training import Progress  # which imports torchvision, and nothing else here needs it
+    from training import Progress  # which imports matplotlib, and nothing else here needs it
 
     bad, odd, progress = {}, {}, Progress(len(files), "verify")
     with ThreadPool(os.cpu_count()) as pool:
-        for path, (mode, why, damaged) in zip(files, pool.imap(look_at, files)):
+        for path, (mode, why, damaged) in zip(files, pool.imap(partial(look_at, homes=homes), files)):
             if why:
                 bad[path] = why, damaged
             elif mode not in ("RGB", "L"):
@@ -558,9 +599,10 @@ def folder_files(root):
     return sorted(records), {"pictures with an empty caption": without_words(records)}
 
 
-def look_at(path):
+def look_at(path, homes):
     """-> mode of a picture; what is wrong with it ("" if nothing is); whether that is a damage of the file."""
     try:
+        refuse_stray(path, homes)
         read_rgb(path)
         with Image.open(path, formats=FORMATS) as picture:
             return picture.mode, "", False

@@ -15,7 +15,6 @@ import re
 
 import torch
 from PIL import PngImagePlugin
-from torchvision.utils import make_grid
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int, printable
@@ -29,6 +28,7 @@ from training import (
     add_sampling_flags,
     encode_pictures,
     make_autocast,
+    make_grid,
     pick_device,
     png_bytes,
     run_script,
@@ -84,7 +84,7 @@ def main():
             images.append(x[: max(0, GRID_PICTURES - first)])  # of a thousand pictures the grid shows the first
             progress.update(len(seeds))
         images = torch.cat(images)
-        grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))))
+        grid = make_grid(images, math.ceil(math.sqrt(len(images))))
         path = save_png(out, prompt, "grid", grid, parameters(prompt, options, args.seed, images[0], model_name))
         print(f"wrote {args.num_images} pictures of {prompt!r}, and {path}")
     progress.close()

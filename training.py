@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import write_file
@@ -44,6 +43,7 @@ def run_script(main):
     make_output_safe()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        check_torchvision()
         main()
         if dist.is_initialized():
             dist.barrier()  # rank 0 may still be writing
@@ -56,8 +56,6 @@ def run_script(main):
     except OSError as e:
         if e.errno == errno.EMFILE:
             fail("--num_workers: too many files are open at once; give fewer, or 0")
-        if e.errno in (errno.EROFS, errno.ENOSPC, errno.ENOSYS) and not e.filename:  # semaphores in shared memory
-            fail(f"--num_workers: no processes can be started ({e.strerror}; is /dev/shm writable?); give 0")
         fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else e)
     except (RuntimeError, MemoryError) as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -75,6 +73,16 @@ def run_script(main):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def check_torchvision():
+    """UserError where torchvision was built for another PyTorch; whatever imports it later would say so in riddles."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as e:
+        why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        raise UserError(f"torchvision: does not go with torch {torch.__version__} ({why}); install both anew, in one go: "
+                        "pip install --force-reinstall torch torchvision") from None  # fmt: skip
 
 
 def make_output_safe():
@@ -454,7 +462,14 @@ def to_pil(x):
 
 def save_grid(path, images, columns):
     """images: (N, 3, H, W) in [0, 1] -> one PNG, `columns` pictures to a row."""
-    write_file(path, png_bytes(make_grid(images.float().cpu(), nrow=columns)))
+    write_file(path, png_bytes(make_grid(images, columns)))
+
+
+def make_grid(images, columns):
+    """images: (N, 3, H, W) in [0, 1] -> (3, ...), `columns` pictures to a row."""
+    from torchvision.utils import make_grid  # not before run_script() has seen whether it can be loaded
+
+    return make_grid(images.float().cpu(), nrow=columns)
 
 
 def png_bytes(x, **options):

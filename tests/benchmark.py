@@ -232,9 +232,9 @@ def bench_data(device, rounds, count=512):
             data = io.BytesIO()
             smooth.save(data, "JPEG", quality=90)
             Path(folder, "theirs", "jpeg", f"{i}.jpg").write_bytes(data.getvalue())
-        cfg = SDConfig(cache_dir=os.path.join(folder, "prepared"), image_size=side)
+        cfg, homes = SDConfig(cache_dir=os.path.join(folder, "prepared"), image_size=side), {os.path.realpath(folder)}
         records = [(os.path.join(folder, "theirs", "jpeg", f"{i}.jpg"), ["x"]) for i in range(count)]
-        pixels, _ = read_pictures(Pictures(records, side), cfg, show_progress("prepare"))
+        pixels, _ = read_pictures(Pictures(records, side, homes), cfg, show_progress("prepare"))
         t = torchvision.transforms
         transform = t.Compose([t.Resize(side), t.CenterCrop(side), t.ToTensor(), t.Normalize([0.5] * 3, [0.5] * 3)])
         theirs = torchvision.datasets.ImageFolder(os.path.join(folder, "theirs"), transform)

@@ -375,7 +375,7 @@ def spoil(path, how):
 def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_path, how, capsys):
     cfg = coco(tmp_path, {f"{i}.jpg": [f"caption {i}"] for i in range(6)})
     spoil(tmp_path / "train2017/3.jpg", how)
-    data = Pictures(coco_records(cfg.data_root, cfg.captions_json), 32)
+    data = Pictures(coco_records(cfg.data_root, cfg.captions_json), 32, {str(tmp_path.resolve())})
     with pytest.raises(UserError, match=r"1 of 6 pictures.*3\.jpg.*--skip_bad"):
         read_pictures(data, cfg, show_progress("read"))
     skipping = SDConfig(data_root=cfg.data_root, image_size=32, num_workers=0, skip_bad=True, cache_dir="")

@@ -4,9 +4,8 @@ A row promises: exit code 1 (2 for arguments), one `error:` line that names the 
 file that was there still there, byte for byte. Rows that go on instead say so.
 
 Not promised, and why: weights in safetensors (we read none of our own) and loss scalers (bfloat16 needs none) do not
-arise; a picture that vanishes during training does not either, since all are decoded before it; links are followed,
-because only the user can have put them there; Ctrl-C in the seconds of loading PyTorch, torchvision beside the wrong
-torch, and a full /dev/shm end in a message that is not ours; torchrun prints its own report below the error line.
+arise; a picture that vanishes during training does not either, since all are decoded before it; Ctrl-C in the seconds
+of loading PyTorch ends in Python's own traceback; torchrun prints its own report below the error line.
 """
 
 import ast
@@ -15,6 +14,7 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -463,6 +463,42 @@ def test_a_picture_that_is_no_file_is_named(tmp_path, run_here, how):
     assert_one_line_error(result, 1, "1 of", "bad.jpg", "--skip_bad")
 
 
+@pytest.mark.parametrize("layout", ["listed", "listed folder", "beside", "caption", "coco"])
+def test_a_link_out_of_the_data_set_is_refused(tmp_path, run_here, layout):
+    """Twins: the same link to a place within, and the folder of a fixed name kept elsewhere by a link."""
+    if layout == "coco":
+        coco(tmp_path, GOOD)
+        images, command, word = tmp_path / "coco/train2017", COCO, "1.jpg"
+    else:
+        my_folder(tmp_path, {f"good{i}.png": photo() for i in range(11)})
+        images, command, word = tmp_path / "mine/images", MINE, "good1.txt" if layout == "caption" else "good1.png"
+    if layout.startswith("listed"):
+        names = [f"images/{p.name}" for p in images.glob("*.png")]
+        (tmp_path / "mine/metadata.jsonl").write_text(
+            "".join(json.dumps({"file_name": n, "text": "x"}) + "\n" for n in names)
+        )
+    within, outside = images / f"kept{Path(word).suffix}s", tmp_path / "outside"
+    moved = images if layout == "listed folder" else images / word
+    os.replace(moved, outside)
+    moved.symlink_to(outside)
+    before = files(tmp_path)
+    result = run_here("train_vae.py", *command, cwd=tmp_path)
+    assert_one_line_error(result, 1, images.name if moved == images else word, "a link that leads out", "outside")
+    assert {k: v for k, v in files(tmp_path).items() if not k.startswith("run")} == before
+    moved.unlink()
+    if layout == "listed folder":
+        os.replace(outside, images)
+    else:
+        os.replace(outside, within)
+        moved.symlink_to(within)
+        if layout != "listed":
+            os.replace(images, outside)
+            images.symlink_to(outside)
+            os.unlink(moved)
+            moved.symlink_to(outside / within.name)
+    assert run_here("train_vae.py", *command, "--max_steps", 1, cwd=tmp_path).returncode == 0
+
+
 def test_all_bad_or_none_is_an_error(tmp_path, run_here):
     my_folder(tmp_path, {f"{i}.jpg": b"x" for i in range(4)})
     assert_one_line_error(run_here("train_vae.py", *MINE, "--skip_bad", cwd=tmp_path), 1, "none of", "can be read")
@@ -509,6 +545,35 @@ def test_too_few_file_handles_are_one_line(tmp_path, fork):
     command = ("train_vae.py", *TRAIN, *flags(TINY | {"num_workers": 8}))
     few = fork(*command, cwd=tmp_path, inject={"limit": (resource.RLIMIT_NOFILE, 14)}).wait()
     assert_one_line_error(few, 1, "--num_workers")
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"]).returncode != 0 if shutil.which("unshare") else True,
+                    reason="this system does not let us mount a /dev/shm of our own")  # fmt: skip
+@pytest.mark.parametrize(
+    "how, code", [("size=4k && head -c 4k /dev/zero > /dev/shm/full", 1), ("ro", 1), ("size=1m", 0)]
+)
+def test_shared_memory_that_is_full_or_read_only_is_one_line(tmp_path, how, code):
+    """In a namespace of its own; the last one is the twin."""
+    train = shlex.join([sys.executable, str(ROOT / "train_vae.py"), *TRAIN, "--max_steps", "1",
+                        *flags(TINY | {"num_workers": 2, "cache_dir": ""})])  # fmt: skip
+    mount = f"mount -t tmpfs none /dev/shm -o {how} && {train}"
+    result = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=tmp_path, capture_output=True, text=True)
+    if code:
+        assert_one_line_error(result, code, "--num_workers", "give 0")
+    else:
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", ["train_vae.py", "sample.py", "data.py"])
+def test_a_torchvision_for_another_torch_is_said_before_anything_else(tmp_path, script):
+    """A stand-in that fails as the real one does when it finds operators missing."""
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text(broken)
+    words = {"train_vae.py": TRAIN, "sample.py": SAMPLE[1:], "data.py": ("verify",)}[script]
+    result = run_script(script, *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert_one_line_error(result, 1, "torchvision", "nms", "pip install")
+    assert sorted(os.listdir(tmp_path)) == ["torchvision"]
 
 
 def test_too_little_memory_is_one_line(tmp_path, fork):

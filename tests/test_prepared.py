@@ -168,7 +168,7 @@ def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monk
     import data
 
     picture(tmp_path / "0.png", (1, 2, 3))
-    one = data.Pictures([(str(tmp_path / "0.png"), ["x"])], 32)
+    one = data.Pictures([(str(tmp_path / "0.png"), ["x"])], 32, {str(tmp_path)})
     with monkeypatch.context() as patch:
         patch.setattr(data, "read_rgb", lambda path: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):

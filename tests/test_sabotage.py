@@ -43,6 +43,7 @@ COPIES = {
     "bombs are unpacked": ("data.py", "if picture.width * picture.height > MAX_PIXELS:", "if False:", FAULTS, "bad_picture and 51"),
     "cut pictures are filled up": ("data.py", "    found = os.stat(path)\n    if", "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n    found = os.stat(path)\n    if", FAULTS, "bad_picture and half"),
     "names may climb": ("data.py", '".." not in parts', "True", FAULTS, "stay_in_the_folder"),
+    "links lead anywhere": ("data.py", "    if not any(os.path.commonpath", "    if False and not any(os.path.commonpath", FAULTS, "link_out"),
     "a half download has the name": ("download.py", 'f"{path}.part", ""', 'path, ""', DOWNLOAD, "download_stopped"),
     "a download is not decoded": ("download.py", "            check(part)\n", "", DOWNLOAD, "fault_that_stays and html"),
     "half an export has the name": ("export.py", 'new = f"{folder}.{os.getpid()}.tmp"', "new = folder", EXPORT, "killed"),
