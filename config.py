@@ -106,6 +106,10 @@ class SDConfig:
         0.0, "share of captions replaced by the empty one, which guidance needs", low=0, high=1
     )
 
+    # sampling; flags of sample.py and evaluate.py come before these
+    sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", low=0, high=100_000)
+    guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", low=-LARGEST)
+
     # training
     batch_size: int = setting(32, "pictures per optimizer step", low=1)
     num_epochs: int = setting(15, "passes over the training pictures", low=1)
@@ -137,6 +141,10 @@ class SDConfig:
         for f in fields(self):
             _check_range(f, getattr(self, f.name))
         self._check_diffusion()
+        _check(self.prediction_type == "flow" or self.sample_steps <= self.timesteps, "sample_steps",
+               f"{self.sample_steps} are more than the timesteps of training", f"give at most {self.timesteps}")  # fmt: skip
+        _check(self.guidance_scale == 1 or self.caption_dropout > 0, "guidance_scale",
+               "has nothing to compare with, unless captions are dropped in training", "give --caption_dropout too, or --guidance_scale 1")  # fmt: skip
         _check(self.ema_sigma_rel == 0 or self.ema_sigma_rel >= 0.01, "ema_sigma_rel",
                f"{self.ema_sigma_rel} is out of range", "give 0.01 to 0.28, or 0")  # fmt: skip
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
@@ -178,7 +186,7 @@ class SDConfig:
         unread = (*BETA_RANGE, "beta_schedule", "rescale_betas_zero_snr") if flow else BETA_RANGE if cosine else ()
         for f in (f for f in fields(self) if f.name in unread):
             _check(getattr(self, f.name) == f.default, f.name, f"{'flow matching' if flow else 'cosine'} does not use it",
-                   "leave it out")  # fmt: skip
+                   "leave it out" + (", or give --prediction_type epsilon" if flow else ""))  # fmt: skip
         _check(flow or self.flow_times == "logit_normal", "flow_times", "is read by flow alone",
                "give --prediction_type flow, or leave it out")  # fmt: skip
         _check(self.prediction_type == "epsilon" or self.min_snr_gamma == 0, "min_snr_gamma",
@@ -216,15 +224,18 @@ PRESETS = {
         "time_dim": 128,
         "text_encoder": "hash",
         "text_length": 12,
-        "beta_start": 5e-4,
-        "beta_end": 0.1,
+        "prediction_type": "flow",
+        "caption_dropout": 0.1,
+        "sample_steps": 50,
+        "guidance_scale": 2.0,
         "batch_size": 16,
         "num_epochs": 8,
         "lr": 1e-3,
         "lr_warmup_steps": 20,
         "adam_beta2": 0.99,
         "weight_decay": 0.0,
-        "ema_decay": 0.99,
+        "ema_decay": 0.995,
+        "ema_warmup": True,
     },
     "coco64": {"image_size": 64, "block_out_channels": (64, 128, 256)},
     "coco256": {"image_size": 256},
@@ -343,8 +354,6 @@ def parse_training_args(description, stage, argv=None):
         _check(args.preset != "demo" or given.get("dataset") or not {"data_root", "captions_json"} & set(given), "data_root",
                "preset demo uses no files", "leave out --preset demo, or --data_root and --captions_json")  # fmt: skip
         preset = PRESETS[args.preset] | (VAE_PRESETS[args.preset] if stage == "vae" else {})
-        if given.get("prediction_type") == "flow" or given.get("beta_schedule") == "cosine" or given.get("scale_betas"):
-            preset = {k: v for k, v in preset.items() if k not in BETA_RANGE}  # what was asked for replaces it
         cfg = SDConfig(**(preset | given))
         _check(stage == "vae" or not cfg.finetune_decoder_of, "finetune_decoder_of", "is a flag of train_vae.py",
                "leave it out: a U-Net of that VAE stays valid as it is")  # fmt: skip

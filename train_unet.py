@@ -247,8 +247,8 @@ def show_samples(models, process, autocast, cfg, path):
     """A row per prompt, from the same noise at every epoch."""
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
     with autocast():
-        images = sample(*models, prompts, cfg.timesteps, len(prompts),
-                        process=process, seeds=list(range(len(prompts))))  # fmt: skip
+        images = sample(*models, prompts, cfg.sample_steps or cfg.timesteps, len(prompts), process=process,
+                        guidance_scale=cfg.guidance_scale, seeds=list(range(len(prompts))))  # fmt: skip
     save_grid(path, images, columns=SAMPLES_PER_PROMPT)
 
 

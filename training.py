@@ -513,12 +513,12 @@ def encode_pictures(vae, pixels, device, progress):
 def add_sampling_flags(parser):
     """What sample.py and evaluate.py ask of sample(); see there."""
     parser.add_argument("--steps", type=positive_int, help="denoising steps, at most the T of training but for flow "
-                        "matching (default: T)")  # fmt: skip
+                        "matching (default: the run's sample_steps)")  # fmt: skip
     parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm, ddim or dpmpp_2m; for flow matching euler or heun "
                         "(default: ddpm, euler)")  # fmt: skip
     parser.add_argument("--eta", type=float, default=0.0, help="randomness of ddim, 0 to 1 (default: 0)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="how much the prompt is exaggerated; 1 = not; "
-                        "needs a U-Net trained with --caption_dropout (default: 1)")  # fmt: skip
+    parser.add_argument("--guidance_scale", type=float, help="how much the prompt is exaggerated; 1 = not; needs a "
+                        "U-Net trained with --caption_dropout (default: the run's guidance_scale)")  # fmt: skip
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="part of the schedule to guide in: 0 is clean, 1 pure noise (default: 0 1)")  # fmt: skip
     parser.add_argument(
@@ -528,14 +528,15 @@ def add_sampling_flags(parser):
 
 def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
-    steps, flow = args.steps or cfg.timesteps, cfg.prediction_type == "flow"
+    steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
+    guidance_scale = cfg.guidance_scale if args.guidance_scale is None else args.guidance_scale
     low, high = args.guidance_interval
     checks = (
         (flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}"),
         (0 <= args.eta <= (args.sampler == "ddim"), "eta", f"{args.eta} is out of range; give 0 to 1, and --sampler ddim"),
-        (abs(args.guidance_scale) <= LARGEST, "guidance_scale", f"{args.guidance_scale} is out of range; give a number"),
+        (abs(guidance_scale) <= LARGEST, "guidance_scale", f"{guidance_scale} is out of range; give a number"),
         (0 <= low <= high <= 1, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1"),
-        (args.guidance_scale != 1 or not args.negative_prompt, "negative_prompt", "acts by guidance alone; give a "
+        (guidance_scale != 1 or not args.negative_prompt, "negative_prompt", "acts by guidance alone; give a "
          "--guidance_scale above 1"),
     )  # fmt: skip
     for ok, name, what in checks:
@@ -545,10 +546,10 @@ def sampling_options(args, cfg):
         sampler = choose_sampler(cfg.prediction_type, args.sampler)
     except ValueError as e:
         usage_error(f"--sampler: {e}")
-    if args.guidance_scale != 1 and not cfg.caption_dropout:
+    if guidance_scale != 1 and not cfg.caption_dropout:
         print(
             "warning: the run was trained without --caption_dropout; guidance has nothing to compare with",
             file=sys.stderr,
         )
-    return {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": args.guidance_scale,
+    return {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": guidance_scale,
             "negative_prompt": args.negative_prompt, "guidance_interval": (low, high)}  # fmt: skip

@@ -24,21 +24,23 @@ import checkpoint  # noqa: E402
 import training  # noqa: E402
 from config import PRESETS, SDConfig  # noqa: E402
 
-# A whole pipeline in seconds: the demo's structure at the smallest size.
+# A whole pipeline in seconds: the demo's structure at the smallest size, with the recipe's diffusion.
 TINY = {
     "dataset": "scenes", "text_encoder": "hash", "image_size": 32, "max_images": 24, "held_out_images": 8,
     "block_out_channels": (8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4, "unet_norm_num_groups": 4,
     "unet_block_out_channels": (16, 32), "time_dim": 64, "text_length": 12,
     "batch_size": 8, "num_epochs": 2, "num_workers": 0, "timesteps": 20, "lr": 1e-3, "cache_dir": "",
+    "prediction_type": "epsilon", "caption_dropout": 0.0, "sample_steps": 0, "guidance_scale": 1.0,
+    "ema_decay": 0.99, "ema_warmup": False,
 }  # fmt: skip
 
 
 def flags(settings):
-    """{"batch_size": 8, "skip_bad": True} -> ["--batch_size", "8", "--skip_bad"]."""
+    """{"batch_size": 8, "skip_bad": True, "compile": False} -> ["--batch_size", "8", "--skip_bad", "--no-compile"]."""
     words = []
     for name, value in settings.items():
-        values = value if isinstance(value, tuple) else () if value is True else (value,)
-        words += [f"--{name}", *map(str, values)]
+        values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+        words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
     return words
 
 

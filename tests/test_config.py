@@ -118,6 +118,9 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     ({"prediction_type": "flow", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
     ({"prediction_type": "v_prediction", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
     ({"flow_times": "uniform"}, "--flow_times: .*--prediction_type flow"),
+    ({"guidance_scale": 2.0}, "--guidance_scale: .*--caption_dropout"), ({"sample_steps": 201}, "--sample_steps: .*200"),
+    (PRESETS["demo"] | {"beta_end": 0.1}, "--beta_end: .*--prediction_type epsilon"),
+    (PRESETS["demo"] | {"caption_dropout": 0.0}, "--guidance_scale: .*--guidance_scale 1"),
     ({"caption_dropout": 1.5}, "--caption_dropout"), ({"ema_sigma_rel": 1e-160}, "--ema_sigma_rel"),
     ({"timesteps": 1000, "beta_end": 0.999}, "--beta_end"), ({"timesteps": 100_000}, "--beta_end"),
 ])  # fmt: skip
@@ -134,21 +137,6 @@ def test_diffusion_settings_that_make_no_sense_together_are_refused(settings, me
 ])  # fmt: skip
 def test_diffusion_settings_that_go_together(settings):
     SDConfig(**settings)
-
-
-@pytest.mark.parametrize("argv, betas", [
-    ([], (5e-4, 0.1)),
-    (["--beta_schedule", "cosine"], (1e-4, 0.02)),
-    (["--prediction_type", "flow"], (1e-4, 0.02)),
-    (["--scale_betas"], (1e-4, 0.02)),  # not scaled twice: the demo's own are scaled already
-    (["--prediction_type", "v_prediction"], (5e-4, 0.1)),
-])  # fmt: skip
-def test_a_schedule_asked_for_replaces_that_of_the_preset(argv, betas):
-    """Else every one of these would need --beta_start and --beta_end too, beside --preset demo."""
-    cfg = parse_training_args("", "unet", ["--preset", "demo", *argv])[0]
-    assert (cfg.beta_start, cfg.beta_end) == betas
-    with pytest.raises(SystemExit):
-        parse_training_args("", "unet", ["--preset", "demo", "--prediction_type", "flow", "--beta_end", "0.1"])
 
 
 def test_the_largest_number_is_taken():

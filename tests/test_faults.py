@@ -220,8 +220,8 @@ def test_a_manifest_that_is_none_is_refused(copy, run_here, content):
 def test_a_changed_setting_in_a_manifest_is_noticed(copy, run_here):
     """One digit of the schedule, in a file that is still good JSON."""
     path = copy / "run/unet_set2.json"
-    assert path.read_text().count('"beta_end": 0.1') == 1
-    path.write_text(path.read_text().replace('"beta_end": 0.1', '"beta_end": 0.2'))
+    assert path.read_text().count('"beta_end": 0.02') == 1
+    path.write_text(path.read_text().replace('"beta_end": 0.02', '"beta_end": 0.2'))
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "unet_set2.json")
 
 
