@@ -23,6 +23,7 @@ import os
 import stat
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import download
 import scenes
+from checkpoint import newest_epoch_set
 from config import Parser, SDConfig, UserError, positive_int, printable
 from prepared import prepare
 from scenes import make_scene, paint, split_combinations
@@ -398,6 +400,22 @@ def read_pictures(dataset, cfg, start_progress):
         raise UserError(f"--data_root {cfg.data_root}: none of its {len(dataset)} pictures can be read; check the path")
     used = cfg.captions_per_image or None
     return pixels, [captions[:used] for i, captions in enumerate(dataset.captions) if i not in bad]
+
+
+def read_pictures_of(run_dir, cfg, data_root, start_progress):
+    """What a finished run was trained on -> pixels, captions, held-out pixels, held-out captions, as read_pictures() has them.
+
+    data_root: where that is now, if it has moved; None: where it was. Warns if it is not what it was; another release of
+    Pillow, which may decode a JPEG a little differently, is no reason to stop.
+    """
+    cfg = cfg if data_root is None else replace(cfg, data_root=data_root)
+    found = []
+    for dataset, what in zip(open_dataset(cfg), ("training", "held-out")):
+        found += read_pictures(dataset, cfg, start_progress(f"read {what} pictures"))
+    if fingerprint(*found) != newest_epoch_set(run_dir, "unet")[1].get("data"):
+        print(f"warning: --data_root {cfg.data_root}: its pictures or captions are not those that the run in {run_dir} was "
+              "trained on; restore them, or say where they are", file=sys.stderr)  # fmt: skip
+    return found
 
 
 def check_processes(num_workers):

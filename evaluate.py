@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import metrics
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, SDConfig, UserError, positive_int
-from data import Scenes, open_dataset, read_pictures
+from data import Scenes, read_pictures, read_pictures_of
 from diffusion import configured_process, held_out_losses, levels, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, split_combinations
 from text_encoder import make_text_encoder
@@ -86,9 +86,7 @@ def main():
     files = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
 
     # ---- Data ----
-    train_set, held_out_set = open_dataset(cfg)
-    train, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
-    held_out, captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
+    train, _, held_out, captions = read_pictures_of(run_dir, cfg, args.data_root, show_progress)
     if len(train) < 2:
         raise UserError(f"--run_dir {run_dir}: trained on one picture, whose variance is unknown; train on more")
     some = train[: max(2, LATENT_NUMBERS // latent_numbers(cfg) // (2 if cfg.horizontal_flips else 1))]
@@ -137,6 +135,7 @@ def parse_args():
                         help="pictures to generate, and as many of combinations held out (default: 256)")  # fmt: skip
     add_sampling_flags(parser)
     parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
+    parser.add_argument("--data_root", help="where the pictures of the run are, if they have moved")
     parser.add_argument("--fid_and_clip", action="store_true", help="FID and CLIP score too; needs torchmetrics")
     args = parser.parse_args()
     if args.num_prompts < 2:

@@ -18,7 +18,7 @@ from PIL import PngImagePlugin
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, UserError, positive_int, printable
-from data import open_dataset, read_pictures
+from data import read_pictures_of
 from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
 from metrics import LARGEST_COVARIANCE, latent_covariance
@@ -63,7 +63,8 @@ def main():
     if args.start == "fitted" and (args.size or math.prod(unet.latent_shape) > LARGEST_COVARIANCE):
         usage_error("--start: fitted is for pictures of the training size, of at most 256 pixels; leave it out")
     if args.start == "fitted":
-        options["start"] = fitted_start(*latent_statistics(vae, cfg, device), process)
+        pixels = read_pictures_of(run_dir, cfg, args.data_root, show_progress)[0]
+        options["start"] = fitted_start(*latent_statistics(vae, pixels, cfg, device), process)
     if args.size:
         options["size"] = check_size(args.size, vae, unet)
 
@@ -101,6 +102,7 @@ def parse_args():
     parser.add_argument("--start", choices=("noise", "fitted"), default="noise", help="fitted: the Gaussian that the forward "
                         "process of the training data ends in, for schedules that leave signal; needs the training pictures "
                         "(default: noise)")  # fmt: skip
+    parser.add_argument("--data_root", help="where the training pictures are, if they have moved")
     parser.add_argument("--size", type=positive_int, nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="of the pictures, in pixels (default: as in training)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
@@ -116,14 +118,15 @@ def parse_args():
     for name, value in vars(args).items() if args.export is not None else ():
         if name not in READ_BY_EXPORT and value != parser.get_default(name):
             parser.error(f"--{name}: --export does not use it")
+    if args.data_root is not None and args.start != "fitted":
+        parser.error("--data_root: is read by --start fitted alone; leave it out")
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
         parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")
     return args
 
 
-def latent_statistics(vae, cfg, device):
-    """Mean (D,) and covariance (D, D) of the latents of the pictures that the run was trained on, which must be there."""
-    pixels, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read training pictures"))
+def latent_statistics(vae, pixels, cfg, device):
+    """Mean (D,) and covariance (D, D) of the latents of training pictures, uint8 (N, 3, S, S)."""
     pixels = pixels[:FITTED_PICTURES]
     pixels = torch.cat([pixels, pixels.flip(3)]) if cfg.horizontal_flips else pixels
     mu, log_var = encode_pictures(vae, pixels, device, Progress(len(pixels), "encode pictures"))

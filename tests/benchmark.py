@@ -1,7 +1,7 @@
 """How fast the project is beside what people would otherwise use: diffusers' modules, a torchvision data loader.
 
   python tests/benchmark.py                 everything, in one run; minutes on two cores
-  python tests/benchmark.py unet sample     only these: unet, vae, sample, data, growth
+  python tests/benchmark.py unet sample     only these: unet, vae, sample, data, save, growth
   python tests/benchmark.py --json FILE     the figures as JSON too
 
 Both sides do the same work with the same weights and take turns, so that a busy machine is busy for both; a ratio is
@@ -14,7 +14,9 @@ here fails.
 
 import argparse
 import contextlib
+import copy
 import io
+import itertools
 import json
 import os
 import platform
@@ -38,12 +40,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from test_models import randomize, their_unet, their_vae  # noqa: E402
 
+from checkpoint import Run  # noqa: E402
 from config import PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
 from data import Pictures, read_pictures  # noqa: E402
 from diffusion import baab, guided_denoiser, make_process, prediction_loss, q_sample, sampling_grid  # noqa: E402
 from samplers import ddpm  # noqa: E402
 from training import (  # noqa: E402
     FiniteGuard,
+    World,
     clip_gradients,
     computes_in_bf16,
     conv_layout,
@@ -252,6 +256,40 @@ def bench_data(device, rounds, count=512):
         return figures | {"pictures_per_second": count / figures["ours"]["median_s"]}
 
 
+def bench_save(device, rounds):
+    """One set of files of the U-Net at coco's size, and the same tensors by bare torch.save()."""
+    cfg = SDConfig()
+    unet, t_ember = UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
+    parameters = [*unet.parameters(), *t_ember.parameters()]
+    optimizer, modules = make_optimizer(parameters, cfg), (unet, t_ember, copy.deepcopy(unet))
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        args = argparse.Namespace(run_dir=os.path.join(folder, "ours"), overwrite=False, max_steps=None, preset="coco")
+        os.makedirs(args.run_dir)
+        run, number, bare = (
+            Run(args, "unet", cfg, World(0, 1, device)),
+            itertools.count(1),
+            os.path.join(folder, "bare"),
+        )
+
+        def ours():
+            step = next(number)
+            run.save(f"1_step{step}", False, modules, optimizer, {"step": step, "epoch": 0})
+
+        def theirs():
+            for i, content in enumerate([*(m.state_dict() for m in modules), optimizer.state_dict()]):
+                torch.save(content, f"{bare}{i}.pth")
+
+        figures = summary(in_turns({"ours": ours, "torch.save": theirs}, rounds, device))
+        sizes = (
+            sum(os.path.getsize(path) for path in Path(folder).glob(pattern))
+            for pattern in (f"ours/*1_step{next(number) - 1}.*", "bare*")
+        )
+        return figures | dict(zip(("our_bytes", "their_bytes"), sizes))
+
+
 COUNTS = (1_000, 10_000, 40_000)
 SMALL = {"image_size": 16, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "timesteps": 4,
          "unet_block_out_channels": (8, 16), "unet_norm_num_groups": 4, "time_dim": 32, "text_encoder": "hash", "text_length": 8,
@@ -317,7 +355,14 @@ def bench_growth(device, rounds):
     return rows
 
 
-BENCHES = {"unet": bench_unet, "vae": bench_vae, "sample": bench_sample, "data": bench_data, "growth": bench_growth}
+BENCHES = {
+    "unet": bench_unet,
+    "vae": bench_vae,
+    "sample": bench_sample,
+    "data": bench_data,
+    "save": bench_save,
+    "growth": bench_growth,
+}
 
 
 def main():
@@ -335,6 +380,8 @@ def main():
         figures[name] = BENCHES[name](device, args.rounds)
         print(f"{name}: {BENCHES[name].__doc__.splitlines()[0]}")
         for side, row in figures[name].items():
+            if isinstance(row, int):
+                print(f"  {side} {row:,}")
             if isinstance(row, dict) and "median_s" in row:
                 low, high = row["quartiles"]
                 used = f", utilisation {100 * row['utilisation']:.0f} %" if "utilisation" in row else ""

@@ -499,6 +499,24 @@ def test_a_link_out_of_the_data_set_is_refused(tmp_path, run_here, layout):
     assert run_here("train_vae.py", *command, "--max_steps", 1, cwd=tmp_path).returncode == 0
 
 
+def test_pictures_that_are_others_now_are_warned_of_where_they_are_measured(tmp_path, run_here):
+    """evaluate.py and --start fitted; twins: the same folder, and the same folder elsewhere."""
+    my_folder(tmp_path, {f"{i}.png": photo() for i in range(12)})
+    for script in ("train_vae.py", "train_unet.py"):
+        assert run_here(script, *MINE, cwd=tmp_path).returncode == 0
+    commands = (("evaluate.py", "--run_dir", "run", "--num_prompts", 2, "--steps", 2), (*SAMPLE, "--start", "fitted"))
+    os.replace(tmp_path / "mine", tmp_path / "moved")
+    for command in commands:
+        assert_one_line_error(run_here(*command, cwd=tmp_path), 1, "mine/images", "--data_root")
+        same = run_here(*command, "--data_root", "moved", cwd=tmp_path)
+        assert same.returncode == 0 and "warning" not in same.stderr
+    assert_one_line_error(run_here(*SAMPLE, "--data_root", "moved", cwd=tmp_path), 2, "--data_root")
+    (tmp_path / "moved/images/3.txt").write_text("another")
+    for command in commands:
+        other = run_here(*command, "--data_root", "moved", cwd=tmp_path)
+        assert other.returncode == 0 and "warning: --data_root moved" in other.stderr
+
+
 def test_all_bad_or_none_is_an_error(tmp_path, run_here):
     my_folder(tmp_path, {f"{i}.jpg": b"x" for i in range(4)})
     assert_one_line_error(run_here("train_vae.py", *MINE, "--skip_bad", cwd=tmp_path), 1, "none of", "can be read")
