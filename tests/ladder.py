@@ -32,8 +32,9 @@ RUNGS = {
     "+ EMA warm-up": ("", RECIPE, "--ema"),
     "+ scaled betas": ("", f"{RECIPE} --scale_betas", "--ema"),
     "+ guidance": ("", f"{RECIPE} --scale_betas --caption_dropout 0.1", "--ema --guidance_scale 2"),
-    "+ flow matching": ("", "", "--ema"),
-    "+ VAE regulariser": ("--equivariance 0.25", "", "--ema"),
+    "+ flow matching": ("", "", "--ema --guidance_scale 2"),
+    "+ VAE regulariser": ("--equivariance 0.25", "", "--ema --guidance_scale 2"),
+    "best: flow matching, less guidance": ("", "", "--ema --guidance_scale 1.25"),
 }  # fmt: skip
 COLUMNS = {
     "prompts, %": lambda r: 100 * r["prompts"]["generated"]["all"],
