@@ -144,7 +144,8 @@ class SDConfig:
         _check(self.prediction_type == "flow" or self.sample_steps <= self.timesteps, "sample_steps",
                f"{self.sample_steps} are more than the timesteps of training", f"give at most {self.timesteps}")  # fmt: skip
         _check(self.guidance_scale == 1 or self.caption_dropout > 0, "guidance_scale",
-               "has nothing to compare with, unless captions are dropped in training", "give --caption_dropout too, or --guidance_scale 1")  # fmt: skip
+               "has nothing to compare with, unless captions are dropped in training",
+               "give --caption_dropout too, or --guidance_scale 1")  # fmt: skip
         _check(self.ema_sigma_rel == 0 or self.ema_sigma_rel >= 0.01, "ema_sigma_rel",
                f"{self.ema_sigma_rel} is out of range", "give 0.01 to 0.28, or 0")  # fmt: skip
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
@@ -296,8 +297,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_run_flags(parser):
     """Flags that the trainers share beside the fields of SDConfig."""
-    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe), best (the recipe with what has won since), coco64, coco256, coco512 (the same at other sizes) or demo "
-                        "(embedded data, minutes on a CPU); without it: coco if its captions are there, else demo")  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe), best (the recipe with what has won since), "
+                        "coco64, coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); without it: coco if its captions are there, else demo")  # fmt: skip
     parser.add_argument("--run_dir", help="folder for everything this run writes (default: runs/<preset>)")
     parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")

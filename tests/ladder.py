@@ -4,7 +4,8 @@
   python tests/ladder.py OUT --seeds 0 1 2 --only_table
 
 Each rung is the preset demo (painted scenes, small nets, a tenth of the attribute combinations held out) with the flags
-below; a run that is finished is not run again. What it is not: a test, or a search; the flags were set beforehand.
+below; a run that is finished is not run again. What it is not: a test, or a search; the flags were set beforehand, the
+guidance of the last rung by a run of another seed.
 """
 
 import argparse

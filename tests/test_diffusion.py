@@ -12,6 +12,7 @@ from conftest import TINY, assert_one_line_error, flags
 from diffusers import DDPMScheduler
 
 import diffusion
+import train_unet
 from config import SDConfig
 from diffusion import (
     add_noise,
@@ -380,6 +381,24 @@ def test_every_target_trains_and_makes_pictures(tiny_run, tmp_path, run_here, se
     assert f"Sampler: {sampler.upper()}" in (tmp_path / "out" / "a-red-car_seed0_2.png").read_bytes().decode("latin-1")
     wrong = run_here("sample.py", *shown, "--sampler", "ddpm" if "flow" in settings.values() else "euler", cwd=tmp_path)
     assert_one_line_error(wrong, 2, "--sampler", "choose from")
+
+
+def test_a_run_says_how_it_is_sampled_and_flags_come_before_it(tiny_run, tmp_path, run_here, monkeypatch):
+    """Steps and guidance scale of the settings: in the epochs' samples, in sample.py, and there only without flags."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    asked, real = [], train_unet.sample
+    monkeypatch.setattr(
+        train_unet, "sample", lambda *a, **k: asked.append((a[5], k["guidance_scale"])) or real(*a, **k)
+    )
+    settings = TINY | {"caption_dropout": 0.5, "sample_steps": 3, "guidance_scale": 2.0}
+    command = ["--preset", "demo", "--run_dir", "run", "--overwrite", "--max_steps", 2, *flags(settings)]
+    assert run_here("train_unet.py", *command, cwd=tmp_path).returncode == 0
+    assert asked == [(3, 2.0)]
+    for name, more, said in (("a", [], "Steps: 3, Sampler: DDPM, CFG scale: 2,"),
+                             ("b", ["--steps", 4, "--guidance_scale", 1], "Steps: 4, Sampler: DDPM, CFG scale: 1,")):  # fmt: skip
+        shown = ["--run_dir", "run", "--prompt", "x", "--num_images", 1, "--out", name, *more]
+        assert run_here("sample.py", *shown, cwd=tmp_path).returncode == 0
+        assert said in (tmp_path / name / "x_seed0.png").read_bytes().decode("latin-1")
 
 
 def test_weights_and_caption_dropout_reach_the_training(tiny_run, tmp_path, run_here):

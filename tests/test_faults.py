@@ -485,6 +485,9 @@ def test_a_link_out_of_the_data_set_is_refused(tmp_path, run_here, layout):
     result = run_here("train_vae.py", *command, cwd=tmp_path)
     assert_one_line_error(result, 1, images.name if moved == images else word, "a link that leads out", "outside")
     assert {k: v for k, v in files(tmp_path).items() if not k.startswith("run")} == before
+    if command == MINE and layout != "caption":
+        looked = run_here("data.py", "verify", "--dataset", "folder", "--data_root", "mine", cwd=tmp_path)
+        assert looked.returncode == 1 and "a link that leads out" in looked.stdout
     moved.unlink()
     if layout == "listed folder":
         os.replace(outside, images)
