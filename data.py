@@ -466,7 +466,8 @@ def draw_views(count, cfg):
 def take_views(pixels, index, views, size):
     """Pictures by their numbers, cropped and mirrored as draw_views() says: uint8 (N, 3, S, S) -> (B, 3, size, size)."""
     if pixels.shape[-1] == size and not views.any():
-        return pixels[index.to(pixels.device, non_blocking=pixels.is_cuda)]
+        # index_select copies whole rows, where [] goes number by number
+        return pixels.index_select(0, index.to(pixels.device, non_blocking=pixels.is_cuda))
     top, left, mirrored = views.T[:, :, None]  # (B, 1) each
     along = torch.arange(size)
     rows, columns = top + along, left + torch.where(mirrored == 1, size - 1 - along, along)  # (B, size) each
