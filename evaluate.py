@@ -33,7 +33,7 @@ import metrics
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
 from config import Parser, SDConfig, UserError, positive_int
 from data import Scenes, read_pictures, read_pictures_of
-from diffusion import configured_process, held_out_losses, levels, sample
+from diffusion import configured_process, fitted_start, held_out_losses, levels, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, split_combinations
 from text_encoder import make_text_encoder
 from training import (
@@ -82,7 +82,8 @@ def main():
     cfg = model.cfg
     options = sampling_options(args, cfg)
     library = load_library(model.device) if args.fid_and_clip else None  # first, because it may not be there
-    results = {"run_dir": run_dir, "model": name, "ema": args.ema, "sampling": options | {"pictures": args.num_prompts}}
+    asked = options | {"start": args.start, "pictures": args.num_prompts}
+    results = {"run_dir": run_dir, "model": name, "ema": args.ema, "sampling": asked}
     files = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
 
     # ---- Data ----
@@ -92,6 +93,9 @@ def main():
     some = train[: max(2, LATENT_NUMBERS // latent_numbers(cfg) // (2 if cfg.horizontal_flips else 1))]
     latents = encode(model, torch.cat([some, some.flip(3)]) if cfg.horizontal_flips else some)
     held_out_latents = encode(model, held_out)
+    if args.start == "fitted":
+        mean = latents[0].double().flatten(1).mean(dim=0)
+        options["start"] = fitted_start(mean, metrics.latent_covariance(*latents), configured_process(cfg))
     seen, unseen = split_combinations(cfg.held_out_combinations)
     if cfg.dataset == "scenes":
         judge, prompts = train_classifier(cfg, model.device), scene_prompts(args.num_prompts, seen)

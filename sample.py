@@ -21,7 +21,7 @@ from config import Parser, UserError, positive_int, printable
 from data import read_pictures_of
 from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
-from metrics import LARGEST_COVARIANCE, latent_covariance
+from metrics import latent_covariance
 from text_encoder import make_text_encoder
 from training import (
     Progress,
@@ -60,8 +60,6 @@ def main():
     check_text_encoder(run_dir, text_encoder)
     autocast = make_autocast(device, args.mixed_precision or cfg.mixed_precision)
     process = configured_process(cfg)
-    if args.start == "fitted" and (args.size or math.prod(unet.latent_shape) > LARGEST_COVARIANCE):
-        usage_error("--start: fitted is for pictures of the training size, of at most 256 pixels; leave it out")
     if args.start == "fitted":
         pixels = read_pictures_of(run_dir, cfg, args.data_root, show_progress)[0]
         options["start"] = fitted_start(*latent_statistics(vae, pixels, cfg, device), process)
@@ -99,9 +97,6 @@ def parse_args():
                       "--run_dir, --ema and --text_encoder")  # fmt: skip
     parser.add_argument("--num_images", type=positive_int, default=4, help="pictures per prompt (default: 4)")
     add_sampling_flags(parser)
-    parser.add_argument("--start", choices=("noise", "fitted"), default="noise", help="fitted: the Gaussian that the forward "
-                        "process of the training data ends in, for schedules that leave signal; needs the training pictures "
-                        "(default: noise)")  # fmt: skip
     parser.add_argument("--data_root", help="where the training pictures are, if they have moved")
     parser.add_argument("--size", type=positive_int, nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="of the pictures, in pixels (default: as in training)")  # fmt: skip
@@ -118,6 +113,8 @@ def parse_args():
     for name, value in vars(args).items() if args.export is not None else ():
         if name not in READ_BY_EXPORT and value != parser.get_default(name):
             parser.error(f"--{name}: --export does not use it")
+    if args.size and args.start == "fitted":
+        parser.error("--start: fitted is for pictures of the training size; leave out --size")
     if args.data_root is not None and args.start != "fitted":
         parser.error("--data_root: is read by --start fitted alone; leave it out")
     if not 0 <= args.seed <= MAX_SEED - args.num_images:

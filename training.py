@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from checkpoint import write_file
 from config import LARGEST, UserError, positive_int, printable
+from metrics import LARGEST_COVARIANCE
 from samplers import SAMPLERS, choose_sampler
 
 # ---- Errors ---------------------------------------------------------------------------------------------
@@ -524,6 +525,9 @@ def add_sampling_flags(parser):
     parser.add_argument(
         "--negative_prompt", default="", help="what guidance leads away from (default: the empty caption)"
     )
+    parser.add_argument("--start", choices=("noise", "fitted"), default="noise", help="fitted: the Gaussian that the forward "
+                        "process of the training data ends in, for schedules that leave signal; needs the training pictures "
+                        "(default: noise)")  # fmt: skip
 
 
 def sampling_options(args, cfg):
@@ -538,6 +542,8 @@ def sampling_options(args, cfg):
         (0 <= low <= high <= 1, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1"),
         (guidance_scale != 1 or not args.negative_prompt, "negative_prompt", "acts by guidance alone; give a "
          "--guidance_scale above 1"),
+        (args.start == "noise" or cfg.latent_channels * cfg.latent_size**2 <= LARGEST_COVARIANCE, "start", "fitted is for "
+         "pictures of at most 256 pixels; leave it out"),
     )  # fmt: skip
     for ok, name, what in checks:
         if not ok:

@@ -382,6 +382,25 @@ def test_photographs_are_measured_too(tmp_path, run_here):
     assert len(list(finite_numbers(figures))) > 50
 
 
+def test_evaluate_measures_the_pictures_that_sample_makes(tiny_run, tmp_path, run_here, quick):
+    """From pure noise and from the fitted start: the first tile is sample.py's picture of that prompt and seed, up to the
+    rounding of another batch."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    prompt, tiles = evaluate.scene_prompts(1, evaluate.split_combinations(0)[0])[0], []
+    for start in ("noise", "fitted"):
+        flags = ["--run_dir", "run", "--steps", 3, "--sampler", "dpmpp_2m", "--start", start]
+        assert run_here("evaluate.py", *flags, "--num_prompts", 2, cwd=tmp_path).returncode == 0
+        assert json.loads((tmp_path / "run/evaluation.json").read_text())["sampling"]["start"] == start
+        command = ["sample.py", *flags, "--prompt", prompt, "--num_images", 1, "--out", start]
+        assert run_here(*command, cwd=tmp_path).returncode == 0
+        (path,) = (tmp_path / start).glob("*_seed0.png")
+        one = np.asarray(Image.open(path)).astype(int)
+        grid = np.asarray(Image.open(tmp_path / "run/evaluation_samples.png")).astype(int)
+        tiles.append(grid[2:, 2:][: one.shape[0], : one.shape[1]])
+        assert np.abs(tiles[-1] - one).max() <= 1
+    assert np.abs(tiles[0] - tiles[1]).max() > 1
+
+
 @pytest.mark.parametrize("argv, word", [(["--steps", 21], "1 to 20"), (["--num_prompts", 1], "--num_prompts"),
                                         (["--sampler", "magic"], "--sampler")])  # fmt: skip
 def test_evaluate_refuses_values_out_of_range(tiny_run, argv, word, run_here):
