@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from test_models import randomize, their_unet, their_vae  # noqa: E402
 
 from checkpoint import Run  # noqa: E402
-from config import PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
-from data import Pictures, read_pictures  # noqa: E402
+from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
+from data import Pictures, draw_views, read_pictures, take_views  # noqa: E402
 from diffusion import baab, guided_denoiser, make_process, prediction_loss, q_sample, sampling_grid  # noqa: E402
 from samplers import ddpm  # noqa: E402
 from training import (  # noqa: E402
@@ -246,7 +247,7 @@ def bench_data(device, rounds, count=512):
 
         def our_epoch():
             for index in torch.randperm(count).split(32):
-                to_float(pixels[index], device)
+                to_float(take_views(pixels, index, draw_views(len(index), cfg), side), device)
 
         def their_epoch():
             for x, _ in loader:
@@ -297,11 +298,11 @@ SMALL = {"image_size": 16, "block_out_channels": (8, 8), "layers_per_block": 1, 
 
 
 def link_pictures(folder, count):
-    """A data set of `count` names for 64 small photographs, in the layout of --dataset folder."""
+    """A data set of `count` names for 64 pictures of a photograph's size, in the layout of --dataset folder."""
     images, noise = Path(folder, "images"), np.random.RandomState(0)
     images.mkdir(parents=True)
     for i in range(64):
-        Image.fromarray(noise.randint(0, 256, (24, 32, 3), dtype=np.uint8)).resize((160, 120)).save(images / f"{i}.jpg")
+        Image.fromarray(noise.randint(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480)).save(images / f"{i}.jpg")
     for i in range(64, count):
         os.link(images / f"{i % 64}.jpg", images / f"{i}.jpg")
     lines = (json.dumps({"file_name": f"images/{i}.jpg", "text": f"number {i}"}) for i in range(count))
@@ -321,6 +322,38 @@ def timed_script(script, *words, cwd):
         if process.returncode:
             sys.exit(process.stderr.read())
     return time.perf_counter() - start, peak / 1e6
+
+
+def in_slices(commands, cwd, slice_s=0.25):
+    """Run scripts side by side, but only one at a time: each goes on for a moment, then is stopped -> {name: seconds}.
+
+    Whole runs of minutes, one after the other, differ by a fifth on a machine that others use too; so it is the same to all.
+    """
+    running, used = {}, dict.fromkeys(commands, 0.0)
+    try:
+        while len(running) < len(commands) or any(process.poll() is None for process in running.values()):
+            for name, (script, *words) in commands.items():
+                start = time.perf_counter()
+                if name not in running:
+                    command = [sys.executable, str(Path(__file__).resolve().parent.parent / script), *map(str, words)]
+                    running[name] = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                                     start_new_session=True)  # fmt: skip
+                process = running[name]
+                if process.poll() is not None:
+                    continue
+                os.killpg(process.pid, signal.SIGCONT)
+                while process.poll() is None and time.perf_counter() - start < slice_s:
+                    time.sleep(0.002)
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGSTOP)
+                elif process.returncode:
+                    sys.exit(process.stderr.read())
+                used[name] += time.perf_counter() - start
+    finally:
+        for process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return used
 
 
 def flags_of(settings):
@@ -343,23 +376,47 @@ def bench_memory(device, rounds):
 
 
 def bench_growth(device, rounds):
-    """Milliseconds per picture at each count: to prepare, for a step of training, to generate (the smallest models)."""
-    rows = {}
+    """Milliseconds per picture at each count: to prepare, to train on, to generate in one order (the smallest models).
+
+    As many pictures pass through the training and out of the sampler at each count, in more epochs or for more prompts
+    where the count is small. Taken off, because it does not depend on the count: start-up, the end of an epoch (figures
+    and curves, measured on one batch), and the first hundred pictures of a prompt, which have a grid.
+    """
+    total, shown, batch = max(COUNTS), 100, SMALL["batch_size"]
     with tempfile.TemporaryDirectory(dir=".") as folder:
+        training, sampling = {}, {}
         for n in COUNTS:
             link_pictures(os.path.join(folder, str(n)), n)
-            common = flags_of(SMALL | {"dataset": "folder", "data_root": n, "run_dir": f"run{n}", "max_images": n})
-            steps = lambda count: ["--max_steps", count, "--save_minutes", 60]  # noqa: E731
-            prepare, _ = timed_script("train_vae.py", *common, *steps(1), cwd=folder)
-            start, _ = timed_script("train_vae.py", *common, *steps(1), "--overwrite", cwd=folder)
-            train, memory = timed_script("train_vae.py", *common, *steps(n // 32), "--overwrite", cwd=folder)
-            timed_script("train_unet.py", *common, *steps(1), cwd=folder)
-            order = ["--run_dir", f"run{n}", "--prompt", "x", "--steps", 1, "--out", f"out{n}"]
-            one, _ = timed_script("sample.py", *order, "--num_images", 1, cwd=folder)
-            many, _ = timed_script("sample.py", *order, "--num_images", n, cwd=folder)
-            rows[n] = {"prepare_ms": 1e3 * (prepare - start) / n, "train_ms": 1e3 * (train - start) / n,
-                       "sample_ms": 1e3 * (many - one) / n, "memory_gb": memory}  # fmt: skip
-            print(f"  {n:6d} pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[n].items()), flush=True)
+            common = flags_of(SMALL | {"dataset": "folder", "data_root": n, "max_images": n, "num_epochs": total // n,
+                                       "save_every": LARGEST, "save_minutes": 60})  # fmt: skip
+            run = [*common, "--run_dir", f"run{n}", "--max_steps", 1]
+            for script in ("train_vae.py", "train_unet.py"):
+                timed_script(script, *run, cwd=folder)
+            vae = ["train_vae.py", *common, "--run_dir"]
+            training |= {(n, "prepare"): [*vae, f"a{n}", "--max_steps", 1, "--cache_dir", f"again{n}"],
+                         (n, "start"): [*vae, f"b{n}", "--max_steps", 1], (n, "train"): [*vae, f"c{n}"],
+                         (n, "one batch"): [*vae, f"d{n}", "--max_images", batch]}  # fmt: skip
+            order = [
+                "sample.py",
+                "--run_dir",
+                f"run{n}",
+                "--steps",
+                1,
+                "--prompt",
+                *("x" * (total // n)),
+                "--num_images",
+            ]
+            sampling |= {(n, "few"): [*order, shown, "--out", f"few{n}"], (n, "many"): [*order, n, "--out", f"many{n}"]}
+        seconds = in_slices(training, folder) | in_slices(sampling, folder)
+    rows = {}
+    for n in COUNTS:
+        prepare, start, train, one, few, many = (
+            seconds[n, what] for what in ("prepare", "start", "train", "one batch", "few", "many")
+        )
+        rows[n] = {"prepare_ms": 1e3 * (prepare - start) / n, "epoch_end_s": (one - start) / (total // n),
+                   "train_ms": 1e3 * (train - one) / (total - total // n * batch),
+                   "sample_ms": 1e3 * (many - few) / (total - total // n * shown)}  # fmt: skip
+        print(f"  {n:6d} pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[n].items()), flush=True)
     return rows
 
 
