@@ -94,8 +94,7 @@ def main():
     latents = encode(model, torch.cat([some, some.flip(3)]) if cfg.horizontal_flips else some)
     held_out_latents = encode(model, held_out)
     if args.start == "fitted":
-        mean = latents[0].double().flatten(1).mean(dim=0)
-        options["start"] = fitted_start(mean, metrics.latent_covariance(*latents), configured_process(cfg))
+        options["start"] = fitted_start(*metrics.latent_gaussian(*latents), configured_process(cfg))
     seen, unseen = split_combinations(cfg.held_out_combinations)
     if cfg.dataset == "scenes":
         judge, prompts = train_classifier(cfg, model.device), scene_prompts(args.num_prompts, seen)

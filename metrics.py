@@ -34,6 +34,11 @@ def latent_covariance(mu, log_var):
     return covariance
 
 
+def latent_gaussian(mu, log_var):
+    """The Gaussian of the same moments as latents (mu, log_var) (N, C, h, w) each -> mean (D,), covariance (D, D)."""
+    return mu.double().flatten(1).mean(dim=0), latent_covariance(mu, log_var)
+
+
 def wiener_bound(a, b, eigenvalues, target):
     """Least mean squared error per element with which Gaussian data x0 lets `target` be told from z = a x0 + b eps.
 

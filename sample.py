@@ -21,7 +21,7 @@ from config import Parser, UserError, positive_int, printable
 from data import read_pictures_of
 from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
-from metrics import latent_covariance
+from metrics import latent_gaussian
 from text_encoder import make_text_encoder
 from training import (
     Progress,
@@ -126,8 +126,7 @@ def latent_statistics(vae, pixels, cfg, device):
     """Mean (D,) and covariance (D, D) of the latents of training pictures, uint8 (N, 3, S, S)."""
     pixels = pixels[:FITTED_PICTURES]
     pixels = torch.cat([pixels, pixels.flip(3)]) if cfg.horizontal_flips else pixels
-    mu, log_var = encode_pictures(vae, pixels, device, Progress(len(pixels), "encode pictures"))
-    return mu.double().flatten(1).mean(dim=0), latent_covariance(mu, log_var)
+    return latent_gaussian(*encode_pictures(vae, pixels, device, Progress(len(pixels), "encode pictures")))
 
 
 def check_size(size, vae, unet):

@@ -396,16 +396,8 @@ def bench_growth(device, rounds):
             training |= {(n, "prepare"): [*vae, f"a{n}", "--max_steps", 1, "--cache_dir", f"again{n}"],
                          (n, "start"): [*vae, f"b{n}", "--max_steps", 1], (n, "train"): [*vae, f"c{n}"],
                          (n, "one batch"): [*vae, f"d{n}", "--max_images", batch]}  # fmt: skip
-            order = [
-                "sample.py",
-                "--run_dir",
-                f"run{n}",
-                "--steps",
-                1,
-                "--prompt",
-                *("x" * (total // n)),
-                "--num_images",
-            ]
+            prompts = "x" * (total // n)
+            order = ["sample.py", "--run_dir", f"run{n}", "--steps", 1, "--prompt", *prompts, "--num_images"]
             sampling |= {(n, "few"): [*order, shown, "--out", f"few{n}"], (n, "many"): [*order, n, "--out", f"many{n}"]}
         seconds = in_slices(training, folder) | in_slices(sampling, folder)
     rows = {}

@@ -13,9 +13,10 @@ from conftest import TINY, assert_one_line_error, flags, forge, run_script
 from PIL import Image
 
 import evaluate
-from config import SDConfig
+from config import Parser, SDConfig
 from diffusion import baab, sample
 from text_encoder import WordHashTextEncoder
+from training import add_sampling_flags, sampling_options
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
 
@@ -208,6 +209,16 @@ def test_pictures_of_another_size(tiny_run, tmp_path, run_here):
 ])  # fmt: skip
 def test_sampling_flags_that_do_not_fit_are_refused(tiny_run, argv, word, run_here):
     assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)
+
+
+def test_the_fitted_start_is_refused_where_its_covariance_would_be_too_large(capsys):
+    parser = Parser()
+    add_sampling_flags(parser)
+    args = parser.parse_args(["--start", "fitted"])
+    assert sampling_options(args, SDConfig(image_size=256))
+    with pytest.raises(SystemExit, match="2"):
+        sampling_options(args, SDConfig(image_size=512))
+    assert "--start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", ["-3", "0", "1e9"])
