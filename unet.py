@@ -90,10 +90,14 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v. In bfloat16 on a CPU by plain products: the fused kernel's backward pass is slow there."""
+    """softmax(q k^T / sqrt(d)) v. In bfloat16 on a CPU by plain products: the fused kernel's backward pass is slow there.
+
+    The scores lie transposed then, because softmax is slow along rows as short as a caption, and fast across them.
+    """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    weights = (k * q.shape[-1] ** -0.5 @ q.transpose(-2, -1)).softmax(dim=-2)  # (B, heads, M, N)
+    return weights.transpose(-2, -1) @ v
 
 
 class GEGLU(nn.Module):
@@ -279,6 +283,7 @@ class UNetLatent(nn.Module):
 
     def forward(self, z, t_emb, text_emb):
         h = self.conv_in(z)
+        text_emb = text_emb.to(h.dtype)  # under autocast every attention would do it again
         skips = [h]
         for block in self.down_blocks:
             h, new = block(h, t_emb, text_emb)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL as TheirVAE
 from diffusers import UNet2DConditionModel as TheirUNet
 
 from config import PRESETS, SDConfig
-from unet import TimeEmbedding, UNetLatent
+from unet import TimeEmbedding, UNetLatent, attend
 from vae import AutoencoderKL, held_out_figures, reparameterize, vae_loss
 
 TOLERANCE = 1e-4
@@ -138,6 +138,19 @@ def test_the_caption_reaches_the_prediction(tiny):
     with torch.no_grad():
         a, b = (unet(z, t_emb, torch.randn(2, 5, tiny.text_dim)) for _ in range(2))
     assert (a - b).abs().max() > 1e-3
+
+
+def test_attention_in_bfloat16_is_that_in_float32():
+    """A CPU takes it by products of its own in bfloat16: values and gradients against PyTorch's kernel in float32."""
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, 4, n, 32) for n in (64, 77, 77, 64))
+    results = []
+    for kernel, dtype in ((torch.nn.functional.scaled_dot_product_attention, torch.float32), (attend, torch.bfloat16)):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        h = kernel(*inputs)
+        results.append([h, *torch.autograd.grad(h, inputs, g.to(dtype))])
+    for exact, ours in zip(*results):
+        assert (ours.float() - exact).norm() <= 0.01 * exact.norm()
 
 
 def test_time_embedding_starts_from_cosines_and_sines():
