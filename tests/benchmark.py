@@ -379,8 +379,9 @@ def bench_growth(device, rounds):
     """Milliseconds per picture at each count: to prepare, to train on, to generate in one order (the smallest models).
 
     As many pictures pass through the training and out of the sampler at each count, in more epochs or for more prompts
-    where the count is small. Taken off, because it does not depend on the count: start-up, the end of an epoch (figures
-    and curves, measured on one batch), and the first hundred pictures of a prompt, which have a grid.
+    where the count is small. Taken off, because it does not depend on the count: start-up, that of the processes that
+    read among it, the end of an epoch (figures and curves; both measured on one batch), and the first hundred pictures
+    of a prompt, which have a grid.
     """
     total, shown, batch = max(COUNTS), 100, SMALL["batch_size"]
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -393,19 +394,21 @@ def bench_growth(device, rounds):
             for script in ("train_vae.py", "train_unet.py"):
                 timed_script(script, *run, cwd=folder)
             vae = ["train_vae.py", *common, "--run_dir"]
+            one_batch = ["--max_images", batch]
             training |= {(n, "prepare"): [*vae, f"a{n}", "--max_steps", 1, "--cache_dir", f"again{n}"],
+                         (n, "prepare one batch"): [*vae, f"e{n}", "--max_steps", 1, "--cache_dir", f"few{n}", *one_batch],
                          (n, "start"): [*vae, f"b{n}", "--max_steps", 1], (n, "train"): [*vae, f"c{n}"],
-                         (n, "one batch"): [*vae, f"d{n}", "--max_images", batch]}  # fmt: skip
+                         (n, "one batch"): [*vae, f"d{n}", *one_batch]}  # fmt: skip
             prompts = "x" * (total // n)
             order = ["sample.py", "--run_dir", f"run{n}", "--steps", 1, "--prompt", *prompts, "--num_images"]
             sampling |= {(n, "few"): [*order, shown, "--out", f"few{n}"], (n, "many"): [*order, n, "--out", f"many{n}"]}
         seconds = in_slices(training, folder) | in_slices(sampling, folder)
     rows = {}
     for n in COUNTS:
-        prepare, start, train, one, few, many = (
-            seconds[n, what] for what in ("prepare", "start", "train", "one batch", "few", "many")
+        prepare, prepare_one, start, train, one, few, many = (
+            seconds[n, what] for what in ("prepare", "prepare one batch", "start", "train", "one batch", "few", "many")
         )
-        rows[n] = {"prepare_ms": 1e3 * (prepare - start) / n, "epoch_end_s": (one - start) / (total // n),
+        rows[n] = {"prepare_ms": 1e3 * (prepare - prepare_one) / (n - batch), "epoch_end_s": (one - start) / (total // n),
                    "train_ms": 1e3 * (train - one) / (total - total // n * batch),
                    "sample_ms": 1e3 * (many - few) / (total - total // n * shown)}  # fmt: skip
         print(f"  {n:6d} pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[n].items()), flush=True)
