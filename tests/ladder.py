@@ -25,6 +25,7 @@ import evaluate  # noqa: E402
 
 COMMON = ["--preset", "demo", "--held_out_combinations", "48", "--save_minutes", "60"]
 RECIPE = "--prediction_type epsilon --caption_dropout 0 --guidance_scale 1 --sample_steps 0"
+V_PREDICTION = "--prediction_type v_prediction --scale_betas"
 WITHOUT_EMA = "--no-ema_warmup --ema_decay 0.9999"
 # rung: (flags of train_vae.py, flags of train_unet.py, flags of evaluate.py)
 RUNGS = {
@@ -33,6 +34,8 @@ RUNGS = {
     "+ EMA warm-up": ("", RECIPE, "--ema"),
     "+ scaled betas": ("", f"{RECIPE} --scale_betas", "--ema"),
     "+ guidance": ("", f"{RECIPE} --scale_betas --caption_dropout 0.1", "--ema --guidance_scale 2"),
+    "v-prediction on scaled betas": ("", f"{RECIPE} {V_PREDICTION}", "--ema"),
+    "the same + guidance": ("", f"{RECIPE} {V_PREDICTION} --caption_dropout 0.1", "--ema --guidance_scale 2"),
     "+ flow matching": ("", "", "--ema --guidance_scale 2"),
     "+ VAE regulariser": ("--equivariance 0.25", "", "--ema --guidance_scale 2"),
     "best: flow matching, less guidance": ("", "", "--ema --guidance_scale 1.25"),
