@@ -227,7 +227,7 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
     shape = (cfg.text_length, cfg.text_dim)
     embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
     embedded = near(embedded, device)
-    return lambda rows: embedded[send(rows, embedded.device)].to(device, non_blocking=True).float()
+    return lambda rows: send(embedded[send(rows, embedded.device)], device).float()
 
 
 def evaluate(unet, t_ember, text_encoder, held_out, captions, process, cfg):

@@ -37,6 +37,8 @@ from samplers import SAMPLERS, choose_sampler
 
 # ---- Errors ---------------------------------------------------------------------------------------------
 
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as PyTorch says it: GPU, CPU, Windows
+
 
 def run_script(main):
     """Run a script's main(); what the user can put right ends in one line on stderr and exit code 1."""
@@ -63,7 +65,7 @@ def run_script(main):
             fail(f"--compile: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); leave it out")
         if "DataLoader worker" in str(e):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
-        if "memory" not in str(e) and not isinstance(e, MemoryError):
+        if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
             raise
         fail(
             "--batch_size: not enough memory; give a smaller one, or fewer --max_images; of sample.py a smaller --size"
@@ -179,6 +181,8 @@ def join_world():
     size, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device()
     if size == 1:
         return World(0, 1, device)
+    if device.type == "mps":  # no process group moves its tensors
+        device = torch.device("cpu")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -186,7 +190,11 @@ def join_world():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # long, because all wait while rank 0 samples; torchrun notices a dead process by itself
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    wait = timedelta(hours=2)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=wait, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=wait)
     if rank:
         sys.stdout = open(os.devnull, "w")
     return World(rank, size, device)
@@ -481,7 +489,7 @@ def png_bytes(x, **options):
 
 
 def send(tensor, device):
-    """A small tensor of the CPU -> on `device`, without waiting for what the device is doing."""
+    """A tensor -> on `device`; to CUDA without waiting for what it is doing. MPS might read after the source is freed."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -494,7 +502,7 @@ def near(pixels, device):
 
 def to_float(pixels, device):
     """uint8 pictures (B, 3, H, W) -> float32 in [-1, 1] on `device`."""
-    return pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+    return send(pixels, device).float().div_(127.5).sub_(1.0)
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Promises of training.py that need no run: the averaged weights."""
+"""Promises of training.py that need no run: the averaged weights, what counts as too little memory."""
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
 from config import SDConfig, UserError
-from training import ema_decay_at, power_of_width, update_average
+from training import ema_decay_at, power_of_width, run_script, update_average
 
 
 def averaged(cfg, values):
@@ -51,3 +51,24 @@ def test_the_power_function_has_the_width_that_is_asked_for(sigma_rel, gamma):
 def test_two_warm_ups_are_one_too_many():
     with pytest.raises(UserError, match="--ema_sigma_rel"):
         SDConfig(ema_warmup=True, ema_sigma_rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory"]
+)
+def test_too_little_memory_is_one_line(said):
+    def main():
+        raise RuntimeError(said)
+
+    with pytest.raises(SystemExit, match="error: --batch_size: not enough memory"):
+        run_script(main)
+
+
+def test_a_fault_of_ours_is_not_taken_for_too_little_memory():
+    """It has "memory" in its words, but a smaller batch would not help."""
+
+    def main():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        run_script(main)
