@@ -490,7 +490,7 @@ def png_bytes(x, **options):
 
 def send(tensor, device):
     """A tensor -> on `device`; to CUDA without waiting for what it is doing. MPS might read after the source is freed."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def near(pixels, device):
