@@ -27,9 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from samplers import SAMPLERS, choose_sampler, ddim
-
-DECODED_PIXELS = 2**19  # decoded together, 32 pictures of 128 x 128: bounds the memory, whatever num_samples
-
+from vae import num_together
 
 # ---- Noise schedules ------------------------------------------------------------------------------------
 
@@ -305,7 +303,7 @@ def decode(vae, z):
     """Latents (N, C, h, w) -> pictures (N, 3, H, W) in [0, 1], a bounded number of pixels at a time."""
     pixels = z[0, 0].numel() * 4 ** (len(vae.decoder.up_blocks) - 1)
     with torch.autocast(z.device.type, enabled=False):  # 8 bits of a bfloat16 would show in a smooth sky
-        parts = [vae.decoder(part) for part in z.split(max(1, DECODED_PIXELS // pixels))]
+        parts = [vae.decoder(part) for part in z.split(num_together(pixels))]
     return (torch.cat(parts).clamp(-1, 1) + 1) / 2
 
 

@@ -49,7 +49,7 @@ from training import (
     show_progress,
     to_float,
 )
-from vae import held_out_figures, reparameterize
+from vae import held_out_figures, num_together, reparameterize
 
 CLASSIFIER_SERIES, REAL_SERIES, PROMPT_SERIES = 101, 102, 103  # series of scenes that no training uses
 CLASSIFIER_SCENES, CLASSIFIER_EPOCHS, REAL_SCENES = 8192, 4, 1024
@@ -300,7 +300,7 @@ def prompt_accuracy(judge, pictures, real, combinations, device):
 
 
 def batches(pixels, device):
-    return (to_float(x, device) for x in pixels.split(BATCH))
+    return (to_float(x, device) for x in pixels.split(num_together(pixels[0, 0].numel())))
 
 
 @torch.no_grad()

@@ -64,10 +64,10 @@ from training import (
     use_large_pages,
 )
 from unet import TimeEmbedding, UNetLatent
-from vae import reparameterize
+from vae import num_together, reparameterize
 
 SAMPLES_PER_PROMPT = 2
-ENCODED_TOGETHER = 32  # pictures; always the same ones, because another grouping could give other last bits
+ENCODED_TOGETHER = 32  # captions; always the same ones, because another grouping could give other last bits
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
 
 
@@ -189,10 +189,12 @@ def main():
 def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     """uint8 pictures (N, 3, S, S) -> mu, log_var of all of them: (N, latent_channels, s, s) each, computed once."""
 
+    together = num_together(cfg.image_size**2)
+
     @torch.no_grad()
     def rows(first):
         progress = Progress(len(pixels), what, first)
-        for x in pixels[first:].split(ENCODED_TOGETHER):
+        for x in pixels[first:].split(together):
             x = x.flip(3) if mirrored else x
             yield from torch.stack(vae.encode(to_float(x, device)), dim=1).cpu().numpy()  # (B, 2, C, s, s)
             progress.update(len(x))
@@ -201,7 +203,7 @@ def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": about["machine"]}
     key |= {"mirrored": True} if mirrored else {}
     shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, ENCODED_TOGETHER)
+    latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, together)
     return latents[:, 0].to(device), latents[:, 1].to(device)
 
 

@@ -48,7 +48,7 @@ from training import (
     to_float,
     use_large_pages,
 )
-from vae import AutoencoderKL, draw_transform, held_out_figures, measure_latents, transformed, vae_loss
+from vae import AutoencoderKL, draw_transform, held_out_figures, measure_latents, num_together, transformed, vae_loss
 
 GRID_PICTURES = 8
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of vae_train.csv
@@ -166,7 +166,8 @@ def main():
 
 def evaluate(vae, held_out, device, cfg):
     seed_step(cfg.seed, 0)  # the same noise at every epoch
-    return held_out_figures(vae, (to_float(x, device) for x in held_out.split(cfg.batch_size)))
+    together = min(cfg.batch_size, num_together(cfg.image_size**2))
+    return held_out_figures(vae, (to_float(x, device) for x in held_out.split(together)))
 
 
 def normalize(vae, pixels, device, cfg):
@@ -175,7 +176,7 @@ def normalize(vae, pixels, device, cfg):
     middle = slice(cfg.random_crop // 2, cfg.random_crop // 2 + cfg.image_size)
 
     def batches():
-        for x in pixels[:, :, middle, middle].split(cfg.batch_size):
+        for x in pixels[:, :, middle, middle].split(num_together(cfg.image_size**2)):
             yield to_float(x, device)
             progress.update(len(x))
 

@@ -34,6 +34,7 @@ from checkpoint import write_file
 from config import LARGEST, UserError, positive_int, printable
 from metrics import LARGEST_COVARIANCE
 from samplers import SAMPLERS, choose_sampler
+from vae import num_together
 
 # ---- Errors ---------------------------------------------------------------------------------------------
 
@@ -509,7 +510,7 @@ def to_float(pixels, device):
 def encode_pictures(vae, pixels, device, progress):
     """uint8 pictures (N, 3, S, S) -> mu, log_var: (N, C, s, s) each, on the CPU."""
     found = []
-    for x in pixels.split(32):
+    for x in pixels.split(num_together(pixels[0, 0].numel())):
         found.append(torch.stack(vae.encode(to_float(x, device))).cpu())
         progress.update(len(x))
     progress.close()

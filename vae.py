@@ -33,6 +33,7 @@ MS_SSIM_EXPONENTS = (
 )  # of the scales, finest first (Wang et al. 2003, section 3.2)
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Gaussian [pixels]
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
+PICTURES_TOGETHER, PIXELS_TOGETHER = 32, 32 * 128 * 128  # at most, where no batch size says how many
 
 
 class GroupNorm(nn.GroupNorm):
@@ -251,6 +252,14 @@ def transformed(x, transform):
 def turn_and_halve(x, turns, halved):
     x = torch.rot90(x, turns, dims=(2, 3))
     return F.avg_pool2d(x, 2) if halved else x
+
+
+def num_together(pixels):
+    """How many pictures of so many pixels each to encode or decode at once: bounds the memory, whatever their size.
+
+    A fixed number, because the same pictures in other groups could have other last bits.
+    """
+    return max(1, min(PICTURES_TOGETHER, PIXELS_TOGETHER // pixels))
 
 
 def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):

@@ -11,8 +11,8 @@ import torch
 from conftest import TINY, assert_one_line_error, flags
 from diffusers import DDPMScheduler
 
-import diffusion
 import train_unet
+import vae
 from config import SDConfig
 from diffusion import (
     add_noise,
@@ -335,7 +335,7 @@ def test_eta_and_the_name_of_the_sampler_reach_the_samplers(models):
 def test_pictures_are_decoded_a_bounded_number_of_pixels_at_a_time(models, monkeypatch):
     whole = sample(*models, "a cat", 2, 5, seeds=range(5))
     sizes, decoder = [], models[1].decoder
-    monkeypatch.setattr(diffusion, "DECODED_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr(vae, "PIXELS_TOGETHER", 2 * 32 * 32)
     decoder.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     torch.testing.assert_close(sample(*models, "a cat", 2, 5, seeds=range(5)), whole)
     assert sizes == [2, 2, 1]

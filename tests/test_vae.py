@@ -15,10 +15,13 @@ from PIL import Image
 from test_models import randomize
 from test_resume import bits
 
+import evaluate
+import train_vae
+import vae as vae_module
 from config import SDConfig, UserError
 from data import Scenes
 from train_unet import encode_all
-from training import to_float
+from training import Progress, encode_pictures, to_float
 from vae import AutoencoderKL, draw_transform, ms_ssim, reparameterize, transformed, vae_loss
 
 # a few hundred steps in seconds
@@ -283,6 +286,26 @@ def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
         torch.testing.assert_close(plain, vae.encode(to_float(pixels, "cpu"))[0])
         torch.testing.assert_close(mirrored, vae.encode(to_float(pixels.flip(3), "cpu"))[0])
     assert len(list(tmp_path.glob("latents-*.json"))) == 2
+
+
+def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_path, monkeypatch):
+    """Wherever it is done: 512-pixel pictures must fit where those of 128 do."""
+    cfg = replace(tiny, normalize_latents=True, cache_dir=str(tmp_path), batch_size=4)
+    vae, pixels, sizes = randomize(AutoencoderKL(cfg)), torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), []
+    vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    ways = {
+        "encode_pictures": lambda: encode_pictures(vae, pixels, "cpu", Progress(5, "encode")),
+        "encode_all": lambda: encode_all(vae, pixels, {"made_from": {}, "machine": {}}, "cpu", cfg, "encode"),
+        "held-out figures": lambda: train_vae.evaluate(vae, pixels, "cpu", cfg),
+        "normalize": lambda: train_vae.normalize(vae, pixels, torch.device("cpu"), cfg),
+        "evaluate.py": lambda: sizes.extend(len(x) for x in evaluate.batches(pixels, "cpu")),
+    }
+    monkeypatch.setattr(vae_module, "PIXELS_TOGETHER", 2 * 32 * 32)
+    for name, way in ways.items():
+        sizes.clear()
+        with torch.no_grad():
+            way()
+        assert sizes == [2, 2, 1], name
 
 
 def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):
