@@ -333,8 +333,10 @@ def load_vae(cfg, run_dir, device, flag="--run_dir"):
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}
 
 
-def processor():
-    """The instructions that PyTorch uses on this CPU: with others the last bits of a sum are others."""
+def processor(device):
+    """The GPU, or the instructions that PyTorch uses on this CPU: with others the last bits of a sum are others."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     found = getattr(torch.cpu, "get_capabilities", dict)()
     names = [name for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16") if found.get(name)]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *names])
@@ -359,7 +361,7 @@ class Run:
         )
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {"torch": torch.__version__, "device": world.device.type, "threads": torch.get_num_threads(),
-                   "processor": processor(), "processes": world.size}  # fmt: skip
+                   "processor": processor(world.device), "processes": world.size}  # fmt: skip
         self.about = {"preset": args.preset, "settings": settings, "machine": machine}
         self.lock, self.csv = None, (f"{kind}_train.csv", f"{kind}_held_out.csv")
         self.prefixes = (*PREFIXES[kind], f"{kind}_state")  # of a set's files, in the order of the modules; state last
