@@ -1,7 +1,7 @@
 """How fast the project is beside what people would otherwise use: diffusers' modules, a torchvision data loader.
 
   python tests/benchmark.py                 everything, in one run; minutes on two cores
-  python tests/benchmark.py unet sample     or of these: unet, vae, sample, data, save, memory, growth
+  python tests/benchmark.py unet sample     or of these: unet, compile, vae, sample, data, save, memory, growth
   python tests/benchmark.py --json FILE     the figures as JSON too
 
 Both sides do the same work with the same weights and take turns, so that a busy machine is busy for both; a ratio is
@@ -50,6 +50,7 @@ from training import (  # noqa: E402
     FiniteGuard,
     World,
     clip_gradients,
+    compiled,
     computes_in_bf16,
     conv_layout,
     make_autocast,
@@ -110,29 +111,34 @@ def summary(times, unit=1.0):
     return rows
 
 
-def bench_unet(device, rounds):
-    """One training step of preset coco, batch 32: forward, loss, backward, clipping, Adam."""
+def unet_steps(device):
+    """Makers of one training step of preset coco, batch 32, all on the same weights and batch: (our_step, their_step)."""
     cfg = SDConfig(**PRESETS["coco"])
     autocast = make_autocast(device, cfg.mixed_precision)
-    ours, t_ember = randomize(UNetLatent(cfg)).to(device).train(), randomize(TimeEmbedding(cfg.time_dim)).to(device)
-    weights = ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()}
-    z, noise = (torch.randn(cfg.batch_size, *ours.latent_shape, device=device) for _ in range(2))
+    first, first_t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
+    weights = first.state_dict() | {f"time_embedding.{k}": v for k, v in first_t_ember.state_dict().items()}
+    z, noise = (torch.randn(cfg.batch_size, *first.latent_shape, device=device) for _ in range(2))
     t = torch.randint(cfg.timesteps, (cfg.batch_size,), device=device)
     text_emb = torch.randn(cfg.batch_size, cfg.text_length, cfg.text_dim, device=device)
     z_t = q_sample(z, t, noise, baab()[2].to(device))
     guard = FiniteGuard(device)
-    optimizer = make_optimizer([*ours.parameters(), *t_ember.parameters()], cfg)
 
-    def our_step():
-        with autocast():
-            eps = ours(z_t, t_ember(t), text_emb)
-        loss = prediction_loss(eps, noise).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
-        optimizer_step(optimizer, cfg.lr)
+    def our_step(compile=False):
+        unet, t_ember = copy.deepcopy(first).train(), copy.deepcopy(first_t_ember)
+        optimizer, predict = make_optimizer([*unet.parameters(), *t_ember.parameters()], cfg), compiled(unet, compile)
 
-    def their_side(tuned):
+        def step():
+            with autocast():
+                eps = predict(z_t, t_ember(t), text_emb)
+            loss = prediction_loss(eps, noise).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
+            optimizer_step(optimizer, cfg.lr)
+
+        return step
+
+    def their_step(tuned, compile=False):
         unet = their_unet(cfg).to(device).train()
         unet.load_state_dict(weights)
         if tuned:
@@ -140,10 +146,11 @@ def bench_unet(device, rounds):
         adam = torch.optim.Adam(
             unet.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True if tuned else None
         )
+        predict = compiled(unet, compile)
 
         def step():
             with torch.autocast(device.type, torch.bfloat16, enabled=tuned and computes_in_bf16(device)):
-                eps = unet(z_t, t, text_emb).sample
+                eps = predict(z_t, t, text_emb).sample
             loss = torch.nn.functional.mse_loss(eps.float(), noise)
             adam.zero_grad()
             loss.backward()
@@ -152,8 +159,27 @@ def bench_unet(device, rounds):
 
         return step
 
-    sides = {"ours": our_step, "diffusers eager": their_side(False), "diffusers tuned": their_side(True)}
-    return with_utilisation(summary(in_turns(sides, rounds, device)), our_step, device)
+    return our_step, their_step
+
+
+def bench_unet(device, rounds):
+    """One training step of preset coco, batch 32: forward, loss, backward, clipping, Adam."""
+    our_step, their_step = unet_steps(device)
+    ours = our_step()
+    sides = {"ours": ours, "diffusers eager": their_step(False), "diffusers tuned": their_step(True)}
+    return with_utilisation(summary(in_turns(sides, rounds, device)), ours, device)
+
+
+def bench_compile(device, rounds):
+    """The same step with --compile; what compiling takes comes before."""
+    our_step, their_step = unet_steps(device)
+    sides = {"ours": our_step(True), "ours, not compiled": our_step(), "diffusers eager": their_step(False),
+             "diffusers tuned and compiled": their_step(True, True)}  # fmt: skip
+    for side in ("ours", "diffusers tuned and compiled"):
+        start = time.perf_counter()
+        sides[side]()
+        print(f"  the first step of {side}: {time.perf_counter() - start:.0f} s", flush=True)
+    return summary(in_turns(sides, rounds, device))
 
 
 def bench_vae(device, rounds):
@@ -417,6 +443,7 @@ def bench_growth(device, rounds):
 
 BENCHES = {
     "unet": bench_unet,
+    "compile": bench_compile,
     "vae": bench_vae,
     "sample": bench_sample,
     "data": bench_data,
@@ -446,7 +473,7 @@ def main():
             if isinstance(row, dict) and "median_s" in row:
                 low, high = row["quartiles"]
                 used = f", utilisation {100 * row['utilisation']:.0f} %" if "utilisation" in row else ""
-                print(f"  {side:24s} {1000 * row['median_s']:9.1f} ms, {row['ratio_to_ours']:6.2f} x ours "
+                print(f"  {side:28s} {1000 * row['median_s']:9.1f} ms, {row['ratio_to_ours']:6.2f} x ours "
                       f"(quartiles {low:.2f} .. {high:.2f} of the median, n = {row['n']}){used}")  # fmt: skip
     peak = (
         torch.cuda.max_memory_allocated() / 1e9
