@@ -30,6 +30,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -459,20 +460,35 @@ def draw_mirrored(count, cfg):
 
 
 def draw_views(count, cfg):
-    """How `count` pictures are seen, drawn likewise -> (count, 3): top and left of the crop, and whether it is mirrored."""
-    return torch.column_stack([torch.randint(cfg.random_crop + 1, (count, 2)), draw_mirrored(count, cfg)])
+    """How `count` pictures are seen, drawn likewise -> (count, 4): top, left and side of the crop, and whether it is mirrored.
+
+    The side is cfg.image_size, or with cfg.random_scale log-uniform from there to the whole picture; the same for all,
+    so that they can be shrunk in one go.
+    """
+    side, whole = cfg.image_size, cfg.image_size + cfg.random_crop
+    if cfg.random_scale:
+        side = round(side * (whole / side) ** torch.rand(()).item())
+    corners = torch.randint(whole - side + 1, (count, 2))
+    return torch.column_stack([corners, torch.full((count,), side), draw_mirrored(count, cfg)])
 
 
 def take_views(pixels, index, views, size):
-    """Pictures by their numbers, cropped and mirrored as draw_views() says: uint8 (N, 3, S, S) -> (B, 3, size, size)."""
-    if pixels.shape[-1] == size and not views.any():
+    """Pictures by their numbers, seen as draw_views() says: uint8 (N, 3, S, S) -> (B, 3, size, size)."""
+    top, left, side, mirrored = views.T[:, :, None]  # (B, 1) each
+    if pixels.shape[-1] == size and not mirrored.any():
         # index_select copies whole rows, where [] goes number by number
         return pixels.index_select(0, index.to(pixels.device, non_blocking=pixels.is_cuda))
-    top, left, mirrored = views.T[:, :, None]  # (B, 1) each
-    along = torch.arange(size)
-    rows, columns = top + along, left + torch.where(mirrored == 1, size - 1 - along, along)  # (B, size) each
-    taken = pixels[index[:, None, None], :, rows[:, :, None], columns[:, None]]  # (B, size, size, 3)
-    return taken.permute(0, 3, 1, 2)
+    along = torch.arange(int(side[0]))
+    rows, columns = top + along, left + torch.where(mirrored == 1, side - 1 - along, along)  # (B, side) each
+    taken = pixels[index[:, None, None], :, rows[:, :, None], columns[:, None]]  # (B, side, side, 3)
+    taken = taken.permute(0, 3, 1, 2)
+    return taken if len(along) == size else shrunk(taken, size)
+
+
+def shrunk(pictures, size):
+    """uint8 pictures (B, 3, S, S) -> (B, 3, size, size), bicubic as read_square()."""
+    x = F.interpolate(pictures.float(), (size, size), mode="bicubic", antialias=True)
+    return x.round().clamp(0, 255).byte()
 
 
 def number_captions(captions):

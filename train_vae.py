@@ -171,14 +171,16 @@ def evaluate(vae, held_out, device, cfg):
 
 
 def normalize(vae, pixels, device, cfg):
-    """Measured on the middle of each training picture, which is all of it without cfg.random_crop."""
+    """Measured on the middle of each training picture; on all of it without cfg.random_crop, or with cfg.random_scale."""
     progress = Progress(len(pixels), "measure latents")
-    middle = slice(cfg.random_crop // 2, cfg.random_crop // 2 + cfg.image_size)
+    side = pixels.shape[-1] if cfg.random_scale else cfg.image_size
+    corner = (pixels.shape[-1] - side) // 2
 
     def batches():
-        for x in pixels[:, :, middle, middle].split(num_together(cfg.image_size**2)):
-            yield to_float(x, device)
-            progress.update(len(x))
+        for index in torch.arange(len(pixels)).split(num_together(cfg.image_size**2)):
+            views = torch.tensor([[corner, corner, side, 0]]).expand(len(index), 4)
+            yield to_float(take_views(pixels, index, views, cfg.image_size), device)
+            progress.update(len(index))
 
     measure_latents(vae, batches())
     progress.close()

@@ -415,11 +415,38 @@ def numbered_pixels(count=6, size=12):
 
 def test_views_are_the_crops_and_mirrorings_they_say():
     pixels, index = numbered_pixels(), torch.tensor([5, 0, 3])
-    views = torch.tensor([[0, 4, 0], [2, 1, 1], [4, 0, 1]])
+    views = torch.tensor([[0, 4, 8, 0], [2, 1, 8, 1], [4, 0, 8, 1]])
     found = take_views(pixels, index, views, 8)
     expected = [pixels[5, :, 0:8, 4:12], pixels[0, :, 2:10, 1:9].flip(2), pixels[3, :, 4:12, 0:8].flip(2)]
     assert torch.equal(found, torch.stack(expected)) and found.dtype == torch.uint8
-    assert torch.equal(take_views(pixels, index, torch.zeros(3, 3, dtype=torch.long), 12), pixels[index])
+    assert torch.equal(take_views(pixels, index, torch.tensor([[0, 0, 12, 0]] * 3), 12), pixels[index])
+
+
+def test_larger_crops_are_shrunk_as_pillow_shrinks():
+    """The path of a picture read at its size, so that a random scale has the sharpness of the pictures it stands for."""
+    pixels = torch.randint(64, 192, (2, 3, 40, 40), dtype=torch.uint8)
+    found = take_views(pixels, torch.tensor([1, 0]), torch.tensor([[3, 5, 30, 0], [10, 0, 30, 1]]), 16)
+    crops = (pixels[1, :, 3:33, 5:35], pixels[0, :, 10:40, 0:30].flip(2))
+    for x, crop in zip(found, crops, strict=True):
+        theirs = Image.fromarray(crop.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
+        assert (x.permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()).abs().max() <= 1
+
+
+def test_random_scales_reach_from_image_size_to_the_whole_evenly_by_ratio():
+    cfg = SDConfig(image_size=32, random_crop=96, random_scale=True)
+    torch.manual_seed(0)
+    views = [draw_views(8, cfg) for _ in range(2000)]
+    sides = torch.stack([v[0, 2] for v in views])
+    assert all(
+        (v[:, 2] == v[0, 2]).all() and (v[:, :2] >= 0).all() and (v[:, :2].amax() + v[0, 2] <= 128) for v in views
+    )
+    assert sides.min() == 32 and sides.max() == 128
+    octaves = [((sides >= low) & (sides < 2 * low)).float().mean() for low in (32, 64)]
+    assert all(abs(share - 0.5) < 0.05 for share in octaves)
+    with pytest.raises(UserError, match="--random_scale.*--random_crop"):
+        SDConfig(random_scale=True)
+    with pytest.raises(UserError, match="--random_crop.*less than a sixteenth"):
+        SDConfig(image_size=32, random_crop=97, random_scale=True)
 
 
 def test_views_are_a_function_of_the_seed_and_reach_every_crop():
@@ -429,9 +456,9 @@ def test_views_are_a_function_of_the_seed_and_reach_every_crop():
     torch.manual_seed(0)
     assert torch.equal(views, draw_views(2000, cfg))
     seen, counts = views.unique(dim=0, return_counts=True)
-    assert len(seen) == 3 * 3 * 2 and counts.min() > 60
-    assert not draw_views(2000, SDConfig()).any()
-    assert draw_views(2000, SDConfig(random_crop=2))[:, 2].sum() == 0
+    assert len(seen) == 3 * 3 * 2 and counts.min() > 60 and (views[:, 2] == cfg.image_size).all()
+    assert not draw_views(2000, SDConfig())[:, [0, 1, 3]].any()
+    assert draw_views(2000, SDConfig(random_crop=2))[:, 3].sum() == 0
 
 
 def test_only_training_pictures_are_larger_and_only_on_request(tmp_path):

@@ -229,7 +229,7 @@ def test_finetuning_the_decoder_keeps_the_statistics(normalized, run_here):
 # ---- Resuming ----
 
 ALL = {"equivariance": 0.5, "l1_weight": 0.1, "ms_ssim_weight": 0.1, "normalize_latents": True,
-       "random_crop": 4, "horizontal_flips": True, "captions_per_image": 1}  # fmt: skip
+       "random_crop": 4, "random_scale": True, "horizontal_flips": True, "captions_per_image": 1}  # fmt: skip
 
 
 def command_with_all(kind):
@@ -312,7 +312,13 @@ def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):
     """That each option reaches each loop it is for, and no other: by the losses that follow."""
     settings = TINY | QUICK | {"max_images": 16, "num_epochs": 1}
     losses = {"vae": {}, "unet": {}}
-    for option in ("", "--random_crop 4", "--horizontal_flips", "--captions_per_image 1"):
+    for option in (
+        "",
+        "--random_crop 4",
+        "--random_crop 4 --random_scale",
+        "--horizontal_flips",
+        "--captions_per_image 1",
+    ):
         for kind in losses:
             run = f"{kind} {option}"
             if kind == "unet":  # on the VAE trained without any
@@ -321,8 +327,8 @@ def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):
             assert run_here(f"train_{kind}.py", *command, cwd=tmp_path).returncode == 0
             losses[kind][option] = (tmp_path / run / f"{kind}_train.csv").read_text()
     vae, unet = losses["vae"], losses["unet"]
-    assert vae[""] == vae["--captions_per_image 1"] and len({*vae.values()}) == 3
-    assert unet[""] == unet["--random_crop 4"] != unet["--horizontal_flips"]
+    assert vae[""] == vae["--captions_per_image 1"] and len({*vae.values()}) == 4
+    assert unet[""] == unet["--random_crop 4"] == unet["--random_crop 4 --random_scale"] != unet["--horizontal_flips"]
 
 
 # ---- The decoder alone ----
