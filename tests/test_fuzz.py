@@ -64,7 +64,7 @@ def test_checkpoints(tiny_run, tmp_path, run_here):
         with no_hang():
             result = run_here(*SAMPLE, cwd=tmp_path)
         assert_clean(result)
-        assert signed or result.returncode == 1 or bad == good[name], f"a changed {name} was used"
+        assert signed or result.returncode == 1 or says_the_same(name, bad, good[name]), f"a changed {name} was used"
         shown += result.returncode
         shutil.rmtree(tmp_path / "run/samples", ignore_errors=True)
         assert {p.name for p in tmp_path.iterdir()} == {"run"} and {
@@ -74,6 +74,11 @@ def test_checkpoints(tiny_run, tmp_path, run_here):
             (tmp_path / "run" / file).write_bytes(good[file])
     assert shown > MUTATIONS / 2
     assert run_here(*SAMPLE, cwd=tmp_path).returncode == 0  # the twin without a mutation
+
+
+def says_the_same(name, bad, good):
+    """A byte less can leave a manifest the same: a blank between two values."""
+    return bad == good or name.endswith(".json") and json.loads(bad) == json.loads(good)
 
 
 def test_pictures(tmp_path, run_here, monkeypatch):
