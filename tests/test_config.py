@@ -155,6 +155,7 @@ def test_settings_are_checked_in_python_too():
         SDConfig(timesteps=0)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_script_has_the_same_form(tmp_path):
     assert_one_line_error(run_script("train_vae.py", "--epochs", "3", cwd=tmp_path), 2, "--epochs")
     assert_one_line_error(run_script("sample.py", cwd=tmp_path), 2, "--prompt")

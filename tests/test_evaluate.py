@@ -344,6 +344,7 @@ def train(folder, run_here, settings):
         assert run_here(*command, cwd=folder).returncode == 0
 
 
+@pytest.mark.slow
 def test_composition_is_measured_where_combinations_were_held_out_and_twice_the_same(tmp_path, run_here, quick):
     train(tmp_path, run_here, TINY | {"held_out_combinations": 48})
     texts = []

@@ -218,6 +218,7 @@ OTHER_PROCESSES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip_run", "hash_run", *OTHER_PROCESSES, "flow with clip"])
 def test_the_cards_snippet_gives_the_picture_of_sample(kind, request, tmp_path):
     if kind in ("clip_run", "hash_run"):

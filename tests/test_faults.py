@@ -321,6 +321,7 @@ def small_disk(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_full_disk_shows_at_the_start_and_a_read_only_one_too(small_disk):
     assert_one_line_error(
         small_disk("300k", "train_vae.py", *TRAIN, *flags(TINY)), 1, "run/vae_", "MB needed", "make room"
@@ -568,6 +569,7 @@ def test_too_few_file_handles_are_one_line(tmp_path, fork):
     assert_one_line_error(few, 1, "--num_workers")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"]).returncode != 0 if shutil.which("unshare") else True,
                     reason="this system does not let us mount a /dev/shm of our own")  # fmt: skip
 @pytest.mark.parametrize(
@@ -585,6 +587,7 @@ def test_shared_memory_that_is_full_or_read_only_is_one_line(tmp_path, how, code
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_vae.py", "sample.py", "data.py"])
 def test_a_torchvision_for_another_torch_is_said_before_anything_else(tmp_path, script):
     """A stand-in that fails as the real one does when it finds operators missing."""
@@ -752,6 +755,7 @@ def test_an_output_folder_that_cannot_be_is_named(copy, run_here, out):
     assert files(copy) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", [
     "{python} {train} >&-", "{python} {train} 2>&-", "{python} {train} --run_dir $'\\xff'", "{python} {train} | head -c 1",
     "{python} {sample} | head -c 1", "{python} {sample} >&-", "{python} {sample} 2>&-", "LANG=C LC_ALL=C {python} {sample}",
@@ -768,6 +772,7 @@ def test_odd_surroundings_are_survived(copy, shell):
     assert "Exception ignored" not in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_the_documented_commands_answer_the_same_from_a_shell(copy):
     """One row each of B, C and S through the real command line, with their twin."""
     assert run_script(*SAMPLE, cwd=copy).returncode == 0

@@ -176,6 +176,7 @@ def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monk
     assert one[0].shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_cached_run_has_the_bits_of_one_in_memory_and_a_killed_build_goes_on(tmp_path, fork):
     """Caches on and off, and a kill -9 while the pictures are prepared."""
     runs = {}

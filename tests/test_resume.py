@@ -297,6 +297,7 @@ def test_a_future_format_is_named(begin, fork):
 # ---- Signals and the lock ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, STEPS_PER_EPOCH])
 def test_a_terminal_that_is_closed_saves_the_run(begin, tmp_path, step):
     """A pseudo-terminal goes away, within an epoch and where its end is reported; the system sends the hang-up."""

@@ -190,6 +190,7 @@ def test_a_whole_cache_loads_and_an_unfinished_one_wants_the_hub(cache, offline,
         ClipTextEncoder()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["refuses", "is silent", "is switched off"])
 def test_an_unreachable_hub_is_said_within_15_seconds(hub, tmp_path):
     """In a process of its own: huggingface_hub reads its settings once, at import."""

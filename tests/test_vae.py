@@ -70,6 +70,7 @@ def test_the_decoder_is_given_the_transformed_latent(tiny, transform):
     assert x_hat.shape == transformed(x, transform).shape and mu.shape == z.shape
 
 
+@pytest.mark.slow
 def test_training_with_the_regulariser_makes_the_latents_equivariant(tmp_path, run_here):
     """Error of what the turned latents decode to, on scenes not trained on: below that of the same training without."""
     settings, errors = TINY | QUICK, {}
