@@ -334,9 +334,9 @@ def load_vae(cfg, run_dir, device, flag="--run_dir"):
 
 
 def processor(device):
-    """The GPU, or the instructions that PyTorch uses on this CPU: with others the last bits of a sum are others."""
+    """What the last bits of a sum depend on: the first GPU, of all processes alike, else PyTorch's instructions on this CPU."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(0)
     found = getattr(torch.cpu, "get_capabilities", dict)()
     names = [name for name in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16") if found.get(name)]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *names])

@@ -48,8 +48,8 @@ class SDConfig:
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
     random_crop: int = setting(0, "pixels by which train_vae.py has its training pictures larger, to crop them at random at "
                                "each step; 0 = off", low=0)  # fmt: skip
-    random_scale: bool = setting(False, "crops of any size up to the whole picture, shrunk to image_size: a random part seen "
-                                 "from a random distance")  # fmt: skip
+    random_scale: bool = setting(False, "train_vae.py, with --random_crop: crops of any size up to the whole picture, shrunk "
+                                 "to image_size")  # fmt: skip
     horizontal_flips: bool = setting(False, "mirror half of the training pictures of a step; not for captions that say left "
                                      "and right")  # fmt: skip
     captions_per_image: int = setting(0, "captions of a picture that are used, the first so many; 0 = all", low=0)
@@ -169,7 +169,7 @@ class SDConfig:
                "give --random_crop too")  # fmt: skip
         most, least_seen = (3 * self.image_size, "sixteenth") if self.random_scale else (self.image_size, "quarter")
         _check(self.random_crop <= most, "random_crop", f"{self.random_crop} would leave less than a {least_seen} of a picture",
-               f"give at most {most}" + ("" if self.random_scale else ", or --random_scale too"))  # fmt: skip
+               f"give at most {most}")  # fmt: skip
         _check(self.equivariance == 0 or self.latent_size % 2 == 0, "equivariance",
                f"needs latents that can be halved, these are {self.latent_size} wide",
                f"give --image_size a multiple of {2 * self.image_size // self.latent_size}")  # fmt: skip

@@ -59,7 +59,7 @@ LOSS_BINS = 10
 LOSS_DRAWS = 4  # times and noises per held-out picture
 LATENT_NUMBERS = 2**24  # of the training latents that are looked at: bounds memory, and time without a GPU
 NEAREST_SIZE, NEAREST_SHOWN = 16, 8  # side at which pictures are compared [pixels]; pairs in the PNG
-BATCH = 32  # pictures at a time
+BATCH = 32  # prompts at a time
 
 
 class Model(NamedTuple):

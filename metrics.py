@@ -111,7 +111,10 @@ def channel_mean_variances(z):
 
 def reduced(pixels, side):
     """uint8 pictures (N, 3, S, S) -> (N, 3 side side) in [0, 1], by averaging, for nearest()."""
-    return F.interpolate(pixels.float() / 255, side, mode="area").flatten(1)
+    parts = [
+        F.interpolate(x.float() / 255, side, mode="area") for x in pixels.split(32)
+    ]  # as floats four times as large
+    return torch.cat(parts).flatten(1)
 
 
 def nearest(x, chunks):

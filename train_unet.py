@@ -188,7 +188,6 @@ def main():
 
 def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     """uint8 pictures (N, 3, S, S) -> mu, log_var of all of them: (N, latent_channels, s, s) each, computed once."""
-
     together = num_together(cfg.image_size**2)
 
     @torch.no_grad()

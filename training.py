@@ -495,7 +495,7 @@ def send(tensor, device):
 
 
 def near(pixels, device):
-    """pixels, moved to a GPU if they take less than half of what is free there; a batch is an index either way."""
+    """pixels, moved to a GPU if they take less than half of what is free there; a batch is taken by its index either way."""
     if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return pixels.to(device)
     return pixels

@@ -430,6 +430,10 @@ def test_larger_crops_are_shrunk_as_pillow_shrinks():
     for x, crop in zip(found, crops, strict=True):
         theirs = Image.fromarray(crop.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
         assert (x.permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()).abs().max() <= 1
+    edge = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    edge[..., 16:] = 255  # where bicubic weights overshoot on both sides
+    seen = take_views(edge, torch.tensor([0]), torch.tensor([[0, 0, 31, 0]]), 8)[0, 0, 0]
+    assert (seen[:3] < 30).all() and (seen[-3:] > 225).all()
 
 
 def test_random_scales_reach_from_image_size_to_the_whole_evenly_by_ratio():

@@ -19,7 +19,7 @@ import evaluate
 import train_vae
 import vae as vae_module
 from config import SDConfig, UserError
-from data import Scenes
+from data import Scenes, shrunk
 from train_unet import encode_all
 from training import Progress, encode_pictures, to_float
 from vae import AutoencoderKL, draw_transform, ms_ssim, reparameterize, transformed, vae_loss
@@ -298,6 +298,7 @@ def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_pat
         "encode_pictures": lambda: encode_pictures(vae, pixels, "cpu", Progress(5, "encode")),
         "encode_all": lambda: encode_all(vae, pixels, {"made_from": {}, "machine": {}}, "cpu", cfg, "encode"),
         "held-out figures": lambda: train_vae.evaluate(vae, pixels, "cpu", cfg),
+        "pictures": lambda: train_vae.show_reconstructions(vae, pixels, "cpu", cfg, tmp_path / "x.png"),
         "normalize": lambda: train_vae.normalize(vae, pixels, torch.device("cpu"), cfg),
         "evaluate.py": lambda: sizes.extend(len(x) for x in evaluate.batches(pixels, "cpu")),
     }
@@ -307,6 +308,19 @@ def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_pat
         with torch.no_grad():
             way()
         assert sizes == [2, 2, 1], name
+
+
+@pytest.mark.parametrize("random_scale", [False, True])
+def test_latents_are_measured_on_the_middle_or_with_random_scale_on_the_whole(tiny, random_scale):
+    cfg = replace(tiny, normalize_latents=True, random_crop=16, random_scale=random_scale)
+    vae, pixels = randomize(AutoencoderKL(cfg)), torch.randint(256, (5, 3, 48, 48), dtype=torch.uint8)
+    seen = shrunk(pixels, 32) if random_scale else pixels[:, :, 8:40, 8:40]
+    with torch.no_grad():
+        mu, log_var = vae.encode(to_float(seen, "cpu"))
+        train_vae.normalize(vae, pixels, torch.device("cpu"), cfg)
+    torch.testing.assert_close(vae.decoder.latent_mean[:, 0, 0], mu.mean(dim=(0, 2, 3)))
+    variance = mu.var(dim=(0, 2, 3), correction=0) + log_var.exp().mean(dim=(0, 2, 3))
+    torch.testing.assert_close(vae.decoder.latent_std[:, 0, 0], variance.sqrt())
 
 
 def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):
