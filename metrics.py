@@ -111,9 +111,8 @@ def channel_mean_variances(z):
 
 def reduced(pixels, side):
     """uint8 pictures (N, 3, S, S) -> (N, 3 side side) in [0, 1], by averaging, for nearest()."""
-    parts = [
-        F.interpolate(x.float() / 255, side, mode="area") for x in pixels.split(32)
-    ]  # as floats four times as large
+    # in parts, because floats take four times the memory of bytes
+    parts = [F.interpolate(x.float() / 255, side, mode="area") for x in pixels.split(32)]
     return torch.cat(parts).flatten(1)
 
 
