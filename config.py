@@ -151,7 +151,7 @@ class SDConfig:
         _check(self.ema_sigma_rel == 0 or self.ema_sigma_rel >= 0.01, "ema_sigma_rel",
                f"{self.ema_sigma_rel} is out of range", "give 0.01 to 0.28, or 0")  # fmt: skip
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",
-               "leave out --ema_warmup")  # fmt: skip
+               "give --no-ema_warmup")  # fmt: skip
         _check(self.held_out_combinations == 0 or self.dataset == "scenes", "held_out_combinations",
                f"dataset {self.dataset} has no known combinations", "leave it out, or give --dataset scenes")  # fmt: skip
         _check(self.time_dim % 8 == 0, "time_dim", f"{self.time_dim} is not a multiple of 8", "give one")

@@ -1,4 +1,4 @@
-"""Measure a finished run: every figure that README.md quotes comes from here.
+"""Measure a finished run: the figures of a trained model in README.md come from here.
 
   python evaluate.py                                    the newest of runs/<preset>
   python evaluate.py --run_dir runs/demo --ema --num_prompts 1024 --steps 50
