@@ -138,7 +138,7 @@ def whole_rows(f, notes, row_bytes, together):
 
 @contextlib.contextmanager
 def build_lock(path):
-    """One builder of a file at a time; the system frees the lock however that one ends."""
+    """One builder of a file at a time, the others wait for it; the system frees the lock however that one ends."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         f = open(f"{path}.lock", "a")
@@ -147,12 +147,18 @@ def build_lock(path):
     with f:
         try:
             if fcntl:
-                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{path}: another process is preparing it; wait for it, or give another --cache_dir"
-            ) from None
+                wait_for_lock(f, path)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be locked ({e.strerror}); give another --cache_dir") from None
         yield
+
+
+def wait_for_lock(f, path):
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either is how a system says that it is taken
+        print(f"{path}: waiting for another process that prepares it", flush=True)
+        fcntl.lockf(f, fcntl.LOCK_EX)
 
 
 def leave_out(part, path, bad, row_bytes):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, assert_one_line_error, flags
 from test_data import picture
 
-from config import SDConfig, UserError
+from config import SDConfig
 from data import folder_records, open_dataset, read_pictures
 from prepared import prepare
 from training import show_progress
@@ -123,17 +124,41 @@ def test_a_damaged_file_is_made_again_and_never_used(tmp_path, capsys, how):
     assert "made again" in capsys.readouterr().out
 
 
-def test_two_builds_at_once_are_refused(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, Rows(5))
-    (part,) = tmp_path.glob("*.lock")
-    hold = f"import fcntl, time; f = open({str(part)!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match="another process is preparing it"):
-            make(tmp_path, Rows())
-        other.kill()
-    assert torch.equal(make(tmp_path, Rows())[0], expected())
+SLOW_BUILD = """
+import sys, time
+sys.path[:0] = sys.argv[2:]
+from test_prepared import Rows, make
+def rows(first):
+    print("begun", flush=True)
+    for row in Rows()(first):
+        time.sleep(0.05)
+        yield row
+make(sys.argv[1], rows)
+"""
+
+
+def other_builder(folder):
+    """A process in the middle of the same preparation."""
+    code = [os.environ.get("SD_CODE", str(ROOT)), str(ROOT / "tests")]
+    other = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(folder), *code], stdout=subprocess.PIPE, text=True)
+    while "begun" not in other.stdout.readline():
+        assert other.poll() is None
+    return other
+
+
+def test_of_two_builds_at_once_one_waits_for_the_other(tmp_path, capsys):
+    with other_builder(tmp_path) as other:
+        rows = Rows()
+        assert torch.equal(make(tmp_path, rows)[0], expected()) and rows.firsts == []
+        assert other.wait() == 0 and "waiting for another process" in capsys.readouterr().out
+
+
+def test_who_waits_for_a_build_that_is_killed_goes_on_with_it(tmp_path):
+    with other_builder(tmp_path) as other:
+        threading.Timer(0.2, other.kill).start()
+        rows = Rows()
+        assert torch.equal(make(tmp_path, rows)[0], expected()) and len(rows.firsts) == 1
+        assert other.wait() == -signal.SIGKILL
 
 
 def test_a_changed_picture_is_read_again(tmp_path):
