@@ -383,6 +383,7 @@ def test_photographs_are_measured_too(tmp_path, run_here):
     assert len(list(finite_numbers(figures))) > 50
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_pictures_that_sample_makes(tiny_run, tmp_path, run_here, quick):
     """From pure noise and from the fitted start: the first tile is sample.py's picture of that prompt and seed, up to the
     rounding of another batch."""

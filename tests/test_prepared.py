@@ -231,6 +231,7 @@ def test_a_full_disk_is_one_line_and_what_is_prepared_is_kept(tmp_path, fork):
     assert result.returncode == 0 and "going on after row" in result.stdout
 
 
+@pytest.mark.slow
 def test_prepared_arrays_take_no_memory_of_their_own(tmp_path):
     """300 MB read in batches in random order: what grows is page cache, which the system can take back."""
     code = """

@@ -78,6 +78,7 @@ def test_a_stop_is_saved_and_goes_on_with_two_processes(tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path, run_here):
     """Gradient accumulation: 23 pictures in uneven parts give the loss curves of the undivided batch."""
     short = STEPS | {"num_epochs": 5}

@@ -227,6 +227,7 @@ def test_any_finite_guidance_gives_a_picture(tiny_run, tmp_path, run_here, scale
     assert pixels.shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, sampler", [
     ({"prediction_type": "flow", "caption_dropout": 0.1, "ema_warmup": True}, "EULER"),
     ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "DDPM"),
