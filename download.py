@@ -209,11 +209,11 @@ def get_pictures(jobs, read, connections):
             raise Refused("stopped")
 
     with ThreadPoolExecutor(connections) as pool:
-        waiting = {
-            pool.submit(get, url, path, read, MAX_PICTURE_BYTES, refuse_when_stopped): (url, path)
-            for url, path in missing
-        }
         try:
+            waiting = {
+                pool.submit(get, url, path, read, MAX_PICTURE_BYTES, refuse_when_stopped): (url, path)
+                for url, path in missing
+            }
             for done in as_completed(waiting):
                 (url, path), why = waiting[done], done.result()
                 failed += [(path, why)] if why else []

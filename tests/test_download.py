@@ -18,7 +18,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error
+from conftest import assert_one_line_error, no_hang
 from PIL import Image
 
 import download
@@ -286,6 +286,25 @@ def test_a_download_stopped_leaves_nothing_half_and_the_next_goes_on(server, get
     assert all(server.files[name] == data for name, data in pictures(tmp_path).items())
     server.faults = {}
     assert get().returncode == 0 and len(pictures(tmp_path)) == 8
+
+
+def test_a_download_stopped_before_all_pictures_are_asked_for_ends_at_once(server, get, monkeypatch):
+    """The threads are at work from the first submit() on; Ctrl-C between two must let them go as later."""
+    monkeypatch.setattr(download, "SILENCE", 60)
+    server.faults = {f"/train2017/train{i}.jpg": "drips" for i in range(8)}
+    real, calls = download.ThreadPoolExecutor.submit, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            while not any("train2017" in path for path in server.asked):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(download.ThreadPoolExecutor, "submit", stopped)
+    with no_hang(8):
+        assert get().returncode == 130
 
 
 # ---- What no other try would better ----
