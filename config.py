@@ -39,9 +39,8 @@ class SDConfig:
     data_root: str = setting("data/coco", "folder of the data set: train2017/, val2017/ and annotations/ for coco; "
                              "pictures with captions for folder; not used by scenes", free=True)  # fmt: skip
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
-    max_images: int = setting(
-        40_000, "training pictures: a fixed subset of what is there, or all if there are no more", low=1
-    )
+    max_images: int = setting(40_000, "training pictures: a fixed choice of those with captions, by a hash of their names, "
+                              "or all if there are no more", low=1)  # fmt: skip
     held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
     held_out_combinations: int = setting(0, "scenes: how many of the 480 combinations of subject, colour and place no training "
                                          "scene shows, for evaluate.py to ask for", low=0, high=240)  # fmt: skip
@@ -184,11 +183,11 @@ class SDConfig:
         _check(self.beta_start <= self.beta_end, "beta_start", "is above beta_end", "noise must grow with t")
         last = self.beta_end * (1000 / self.timesteps if self.scale_betas else 1)
         log_alpha_bar = sum(math.log1p(-b) for b in (self.beta_start, last)) / 2 * self.timesteps if last < 1 else 0
-        _check(log_alpha_bar > -200 or self.beta_schedule != "linear", "beta_end", "leaves no signal long before the last step",
+        flow, cosine = self.prediction_type == "flow", self.beta_schedule == "cosine"
+        _check(log_alpha_bar > -200 or flow or cosine, "beta_end", "leaves no signal long before the last step",
                "give smaller betas or fewer --timesteps")  # fmt: skip
         _check(last < 1, "scale_betas", f"makes the last beta {last:.3g}, and it must be below 1",
                f"give more than {1000 * self.beta_end:.0f} --timesteps, or leave the flag out")  # fmt: skip
-        flow, cosine = self.prediction_type == "flow", self.beta_schedule == "cosine"
         unread = (*BETA_RANGE, "beta_schedule", "rescale_betas_zero_snr") if flow else BETA_RANGE if cosine else ()
         for f in (f for f in fields(self) if f.name in unread):
             _check(getattr(self, f.name) == f.default, f.name, f"{'flow matching' if flow else 'cosine'} does not use it",
@@ -303,7 +302,8 @@ class Parser(argparse.ArgumentParser):
 def add_run_flags(parser):
     """Flags that the trainers share beside the fields of SDConfig."""
     parser.add_argument("--preset", choices=PRESETS, help="coco (the recipe), best (the recipe with what has won since), "
-                        "coco64, coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); without it: coco if its captions are there, else demo")  # fmt: skip
+                        "coco64, coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); without "
+                        "it: coco if its captions are there, else demo")  # fmt: skip
     parser.add_argument("--run_dir", help="folder for everything this run writes (default: runs/<preset>)")
     parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")
@@ -319,11 +319,15 @@ def positive_int(text):
 
 
 def add_config_flags(parser, defaults):
-    """One flag per field of SDConfig, spelled like the field; a flag not given leaves nothing behind."""
+    """One flag per field of SDConfig, spelled like the field; a flag not given leaves nothing behind.
+
+    defaults: the SDConfig whose values --help shows.
+    """
     for f in fields(SDConfig):
         many = isinstance(f.default, tuple)
         kind = type(f.default[0] if many else f.default)
-        shown = " ".join(map(str, f.default)) if many else f.default
+        value = getattr(defaults, f.name)
+        shown = " ".join(map(str, value)) if many else value
         options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
         if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
@@ -354,7 +358,10 @@ def parse_training_args(description, stage, argv=None):
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_run_flags(parser)
-    add_config_flags(parser.add_argument_group("settings (fields of SDConfig)"), SDConfig())
+    shown = SDConfig(**(PRESETS["coco"] | (VAE_PRESETS["coco"] if stage == "vae" else {})))
+    add_config_flags(
+        parser.add_argument_group("settings (fields of SDConfig), with the defaults of preset coco"), shown
+    )
     args = parser.parse_args(argv)
     names = [f.name for f in fields(SDConfig)]
     given = {n: getattr(args, n) for n in names if hasattr(args, n)}

@@ -48,7 +48,9 @@ MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be a giant
 MAX_PICTURE_BYTES = 100 << 20
 MAX_CAPTIONS_BYTES = 1 << 30  # COCO's largest captions file has 92 MB
 MAX_CAPTION = 2000  # characters: far more than the 77 tokens that an encoder takes
-PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # faults of the machine, not of a picture
+# what the system says of a picture's file; whatever else it says is a fault of the machine, and may pass
+OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+               errno.EINVAL}  # fmt: skip
 LISTED = 10  # names that verify prints of each kind
 TRAIN_SERIES, HELD_OUT_SERIES = 0, 1  # series of scenes: disjoint by their seed
 
@@ -87,7 +89,7 @@ class Pictures(Dataset):
         except MemoryError:
             raise
         except Exception as e:  # decoders raise many kinds for a broken file, and each means that it cannot be read
-            if getattr(e, "errno", None) in PASSING:
+            if getattr(e, "errno", None) not in {None, *OF_THE_FILE}:
                 raise
             return f"{self.names[i]}: {e}"
 
@@ -251,8 +253,10 @@ def parse_captions(path):
         captions, names = {}, {}
         for i, image in enumerate(content["images"]):
             where = f"images[{i}]"
+            name = image["file_name"]
             odd["ids given twice"] += image["id"] in names
-            name = names[image["id"]] = image["file_name"]
+            # of two pictures with one id nobody can tell whose the captions are
+            names[image["id"]] = name if names.get(image["id"], name) == name else None
             if not is_inside(name) or os.path.basename(name) != name:
                 raise ValueError(f"{name!r} is not a plain file name")
             odd["pictures listed twice"] += name in captions
@@ -334,6 +338,8 @@ def without_words(records):
 def jsonl_records(root, listing):
     records = {}
     for number, line in enumerate(read_lines(listing), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             if not is_inside(row["file_name"]):
@@ -347,12 +353,12 @@ def jsonl_records(root, listing):
 
 
 def read_lines(path):
-    """The lines of a text file that are not blank."""
+    """The lines of a text file, blank ones among them."""
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.getsize(path) > MAX_CAPTIONS_BYTES):
         raise UserError(f"{path}: not a text file of at most {MAX_CAPTIONS_BYTES >> 20} MiB; replace it")
     try:
         with open(path, encoding="utf-8-sig") as f:
-            return [line for line in f if line.strip()]
+            return list(f)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
@@ -371,7 +377,7 @@ def sidecar_records(folder):
                 refuse_stray(captions_file, {os.path.realpath(folder)})
             except OSError as e:
                 raise UserError(f"{captions_file}: {e}; replace it by the file itself") from None
-            captions = [clean_caption(line) for line in read_lines(captions_file)]
+            captions = [clean_caption(line) for line in read_lines(captions_file) if line.strip()]
             records[os.path.join(folder, name)] = captions or [""]
     return records
 
@@ -394,7 +400,11 @@ def read_pictures(dataset, cfg, start_progress):
                 yield row
         progress.close()
 
-    pixels, bad = prepare(cfg.cache_dir, "pictures", dataset.key(), (3, size, size), np.uint8, len(dataset), rows)
+    def still_bad(i):  # a permission, or where links lead, can change and the file not
+        return isinstance(dataset[i], str)
+
+    pixels, bad = prepare(cfg.cache_dir, "pictures", dataset.key(), (3, size, size), np.uint8, len(dataset), rows,
+                          still_bad=still_bad)  # fmt: skip
     if bad:
         report_bad(list(bad.values()), len(dataset), cfg.skip_bad)
     if not len(pixels):
@@ -513,10 +523,14 @@ def main():
                      help=f"pictures of val2017, held out (default: {defaults.held_out_images})")  # fmt: skip
     get.add_argument("--base_url", default=download.BASE_URL, help="a mirror with COCO's paths (default: %(default)s)")
     get.add_argument("--zip_sha1", default=download.ZIP_SHA1, help="checksum of the captions' zip, if not COCO's own")
-    get.add_argument("--connections", type=positive_int, default=16, help="pictures at a time (default: 16)")
+    get.add_argument("--connections", type=positive_int, default=16, help=f"pictures at a time, at most {download.MOST_CONNECTIONS} (default: 16)")  # fmt: skip
     look.add_argument("--dataset", choices=("coco", "folder"), default="coco", help="(default: coco)")
     look.add_argument("--put_aside", action="store_true", help="rename COCO's damaged pictures to NAME.damaged")
     args = parser.parse_args()
+    if args.command == "download" and args.connections > download.MOST_CONNECTIONS:
+        parser.error(
+            f"argument --connections: {args.connections} are too many, give at most {download.MOST_CONNECTIONS}"
+        )
     if args.command == "verify" and args.put_aside and args.dataset != "coco":
         parser.error("argument --put_aside: is for coco, which can be downloaded anew; replace your own pictures")
     sys.exit((download_coco if args.command == "download" else verify)(args))
@@ -615,8 +629,10 @@ def coco_files(root):
     train_json = SDConfig().captions_json
     for captions_json in (train_json, train_json.replace("train", "val")):
         folder = os.path.join(root, pictures_folder(captions_json))
-        if captions_json != train_json and not os.path.isdir(folder):
-            continue
+        if captions_json != train_json and not (
+            os.path.isdir(folder) and os.path.exists(os.path.join(root, captions_json))
+        ):
+            continue  # as in coco_splits()
         captions, found = read_captions(os.path.join(root, captions_json))
         there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         for what, names in (("pictures in the captions file, but not in the folder", set(captions) - there),

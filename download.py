@@ -8,6 +8,7 @@ addresses are those of the bucket behind it.
 """
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
@@ -30,6 +31,7 @@ TRIES, SECONDS_BEFORE_RETRY = 4, 1.0  # the pause doubles each time
 SILENCE = 10  # seconds without a byte after which a connection counts as dead
 SLOWEST = 20_000  # bytes per second below which a server counts as stalling, after SILENCE
 CHUNK = 1 << 16
+MOST_CONNECTIONS = 64  # a server's patience and a system's threads have an end
 MOST_IN_A_ROW = 40  # pictures that fail one after the other before it is no use to ask for the rest
 
 
@@ -41,6 +43,10 @@ class Refused(Exception):
     """An answer that another try would not change."""
 
 
+class NotCaptions(UserError):
+    """A whole zip that does not hold what it should."""
+
+
 @contextlib.contextmanager
 def writing(path):
     """What the disk refuses it refuses every picture, and every try: UserError, which stops the download."""
@@ -49,6 +55,8 @@ def writing(path):
     except OSError as e:
         if e.errno is None:  # not from the system
             raise
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError("--connections: too many files are open at once; give fewer") from None
         raise UserError(f"{path}: {e.strerror}; see to the disk and its permissions, then the same command goes on from "
                         "here") from None  # fmt: skip
 
@@ -142,7 +150,8 @@ def get_captions(root, jsons, base_url, sha1):
     if not wanted:
         return
     os.makedirs(os.path.join(root, "annotations"), exist_ok=True)
-    path, url = os.path.join(root, os.path.basename(ZIP)), f"{base_url}/{ZIP}"
+    theirs, url = os.path.join(root, os.path.basename(ZIP)), f"{base_url}/{ZIP}"
+    path = os.path.join(root, f"downloaded_{os.path.basename(ZIP)}")
 
     def check(part):
         with open(part, "rb") as f:
@@ -150,6 +159,8 @@ def get_captions(root, jsons, base_url, sha1):
         if found != sha1:
             raise ValueError(f"SHA-1 is {found}, {sha1} was expected")
 
+    if is_whole(theirs, check):
+        return extract(theirs, wanted, root)
     if not is_whole(path, check):  # it is, if a former command was stopped while it unpacked
         print(f"captions: {url}")
         progress = Progress(None, "captions (bytes)")
@@ -157,7 +168,11 @@ def get_captions(root, jsons, base_url, sha1):
         progress.close()
         if why:
             raise UserError(f"--base_url: {url}: {why}; give the same command again, or another --base_url")
-    extract(path, wanted, root)
+    try:
+        extract(path, wanted, root)
+    except NotCaptions:
+        remove(path)  # nobody else's, and another download must not meet it
+        raise
     remove(path)
 
 
@@ -188,8 +203,7 @@ def extract(path, names, root):
     except Exception as e:  # a broken or encrypted zip: zipfile and its decompressors raise many kinds
         if getattr(e, "errno", None):  # the zip may be as it should
             raise
-        remove(path)
-        raise UserError(f"{path}: not COCO's annotations: {e}; removed, download it again") from None
+        raise NotCaptions(f"{path}: not COCO's annotations: {e}; download it again") from None
 
 
 def get_pictures(jobs, read, connections):

@@ -1,7 +1,8 @@
-"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Memory-mapped, so that they take no memory.
+"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Memory-mapped: they take no memory.
 
 Rows are appended to a .part file as they come, their checksums to a .log, so that a build that was stopped goes on after
 its last whole row. When all are there the file gets its name, and a manifest says what it was made of and its SHA-256.
+Of a row that cannot be had the log says why, and the file holds nothing.
 
 What it is not: it knows no pictures and no models. The key says what an array depends on; another key is another file,
 and a file that is not what its manifest says is made again, never used.
@@ -29,25 +30,30 @@ except ImportError:  # Windows: two builds at once are not noticed there
 MAX_MANIFEST_BYTES = 64 << 20  # it lists the rows that could not be had
 
 
-def prepare(folder, name, key, row_shape, dtype, count, rows, together=1):
+class OfTheRows(Exception):
+    """An error of whoever computes the rows, on its way past what handles those of the disk."""
+
+
+def prepare(folder, name, key, row_shape, dtype, count, rows, together=1, still_bad=lambda i: True):
     """-> tensor (n, *row_shape) of the rows that could be had, and {number of the row: why} of the others.
 
     key: dict of what the rows depend on. rows(first) yields the rows from number `first` on, arrays of row_shape, or a
     string: why this one cannot be had. together: rows that must be computed in one go, from a multiple of this number.
-    folder: where the file is kept; "" keeps it in memory only. UserError if the disk does not take it.
+    still_bad(i): asked before a file is used without row i. folder: where the file is kept; "" keeps it in memory only.
+    UserError if the disk does not take it.
     """
     row_bytes = int(np.prod(row_shape)) * np.dtype(dtype).itemsize
     key = json.loads(json.dumps(key | {"row_shape": row_shape, "dtype": np.dtype(dtype).name, "count": count}))
     if not folder:
         return in_memory(row_shape, dtype, count, rows)
     path = os.path.join(folder, f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}")
-    manifest = check(path, key, row_bytes)
+    manifest = check(path, key, row_bytes, still_bad)
     if manifest is None:
         with build_lock(path):
-            manifest = check(path, key, row_bytes)  # another process may have built it meanwhile
+            manifest = check(path, key, row_bytes, still_bad)  # another process may have built it meanwhile
             if manifest is None:
                 if os.path.exists(f"{path}.json"):
-                    print(f"warning: {path}: not what was prepared; it is made again")
+                    print(f"warning: {path}: not what was prepared, or lacks what can be had now; it is made again")
                 print(f"{name}: preparing {count * row_bytes / 1e6:.0f} MB in {path}")
                 remove(f"{path}.json", path)
                 manifest = build(path, key, row_bytes, count, rows, together)
@@ -69,13 +75,13 @@ def in_memory(row_shape, dtype, count, rows):
     return torch.from_numpy(array[:good]), bad
 
 
-def check(path, key, row_bytes):
-    """The manifest of a whole file, else None."""
+def check(path, key, row_bytes, still_bad):
+    """The manifest of a whole file that lacks nothing but what cannot be had, else None."""
     with contextlib.suppress(UserError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         manifest = json.loads(read_file(f"{path}.json", MAX_MANIFEST_BYTES))
         size = (key["count"] - len(manifest["bad"])) * row_bytes
         whole = manifest["sha256"] == own_hash(manifest) and manifest["key"] == key and os.path.getsize(path) == size
-        if whole and manifest["content"] == file_sha256(path):
+        if whole and manifest["content"] == file_sha256(path) and all(still_bad(int(i)) for i in manifest["bad"]):
             return manifest
     return None
 
@@ -90,27 +96,45 @@ def build(path, key, row_bytes, count, rows, together):
                 print(f"{part}: going on after row {done}")
             if shutil.disk_usage(os.path.dirname(path) or ".").free < (count - done) * row_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # said now rather than hours later
-            for i, row in enumerate(rows(done), done):
-                why = row if isinstance(row, str) else None
-                data = np.ascontiguousarray(row).tobytes() if why is None else bytes(row_bytes)
-                f.write(data)
-                notes.write(json.dumps([zlib.crc32(data), why]) + "\n")
-                if why is not None:
-                    bad[i] = why
-            f.flush()
-            os.fsync(f.fileno())
-            if f.tell() != count * row_bytes:
-                raise UserError(f"{part}: {f.tell()} bytes instead of {count * row_bytes}; delete it")
-        leave_out(part, path, bad, row_bytes)
-        manifest = {"key": key, "bad": {str(i): why for i, why in bad.items()}, "content": file_sha256(path)}
+            append(f, notes, numbered(rows, done, count), bad)
+        # hashed before it has its name: the manifest follows at once, and without it the file would be worth nothing
+        manifest = {"key": key, "bad": {str(i): why for i, why in bad.items()}, "content": file_sha256(part)}
         manifest["sha256"] = own_hash(manifest)
+        os.replace(part, path)
         write_file(f"{path}.json", json.dumps(manifest, indent=1).encode())
-        remove(part, log)
+        remove(log)
         return manifest
+    except OfTheRows as e:
+        raise e.__cause__ from None
     except OSError as e:
         raise UserError(f"{part}: could not be written ({e.strerror}; {count * row_bytes / 1e6:.0f} MB needed in all, "
                         f"{free_megabytes(path)} free); make room, or give another --cache_dir; what is prepared is "
                         "kept") from None  # fmt: skip
+
+
+def numbered(rows, first, count):
+    """(number, row) of the rows from `first` on; ValueError if they are not as many as there should be."""
+    number = first
+    try:
+        for row in rows(first):
+            yield number, row
+            number += 1
+    except OSError as e:
+        raise OfTheRows from e
+    if number != count:
+        raise ValueError(f"{number} rows instead of {count}")
+
+
+def append(f, notes, rows, bad):
+    for number, row in rows:
+        why = row if isinstance(row, str) else None
+        data = np.ascontiguousarray(row).tobytes() if why is None else b""
+        f.write(data)
+        notes.write(json.dumps([zlib.crc32(data), why]) + "\n")
+        if why is not None:
+            bad[number] = why
+    f.flush()
+    os.fsync(f.fileno())
 
 
 def whole_rows(f, notes, row_bytes, together):
@@ -124,13 +148,14 @@ def whole_rows(f, notes, row_bytes, together):
     for line in notes:
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             checksum, why = json.loads(line)
-            data = f.read(row_bytes)
-            if line.endswith("\n") and len(data) == row_bytes and zlib.crc32(data) == checksum:
+            size = row_bytes if why is None else 0
+            data = f.read(size)
+            if line.endswith("\n") and len(data) == size and zlib.crc32(data) == checksum:
                 lines.append((line, why))
                 continue
         break
     lines = lines[: len(lines) - len(lines) % together]
-    f.truncate(len(lines) * row_bytes)
+    f.truncate(sum(why is None for _, why in lines) * row_bytes)
     notes.truncate(0)
     notes.writelines(line for line, _ in lines)
     return {i: str(why) for i, (_, why) in enumerate(lines) if why is not None}, len(lines)
@@ -159,22 +184,6 @@ def wait_for_lock(f, path):
     except (BlockingIOError, PermissionError):  # either is how a system says that it is taken
         print(f"{path}: waiting for another process that prepares it", flush=True)
         fcntl.lockf(f, fcntl.LOCK_EX)
-
-
-def leave_out(part, path, bad, row_bytes):
-    """Give the file its name, without the bad rows, in bounded memory."""
-    if not bad:
-        os.replace(part, path)
-        return
-    temporary, number = f"{path}.tmp", 0
-    with open(part, "rb") as source, open(temporary, "wb") as f:
-        while row := source.read(row_bytes):
-            if number not in bad:
-                f.write(row)
-            number += 1
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def file_sha256(path):

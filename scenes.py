@@ -407,7 +407,10 @@ def main():
         sheet = Image.new("RGB", (8 * 96, 4 * 96))
         for i in range(32):
             sheet.paste(paint(make_scene(0, i), 96), (i % 8 * 96, i // 8 * 96))
-        sheet.save(sys.argv[1])
+        try:
+            sheet.save(sys.argv[1])
+        except OSError as e:
+            sys.exit(f"error: {sys.argv[1]}: {e.strerror}; check the path and its permissions")
     else:
         print("error: scenes.py: takes --words or a file ending in .png; give one of them", file=sys.stderr)
         sys.exit(2)

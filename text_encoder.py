@@ -22,6 +22,7 @@ import torch.nn as nn
 
 CLIP_NAME = "openai/clip-vit-base-patch32"
 CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so the weights cannot change under us
+MOST_WARNINGS = 5  # a set of captions can hold thousands that are too long
 HUB_TIMEOUT = 6  # seconds to wait for the hub before saying that it cannot be reached
 PROBE_TEXT, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
 
@@ -130,10 +131,14 @@ def make_text_encoder(source, dim, max_length, trained_with=None):
 
 
 def _warn_once(warned, prompt, left_out, max_length):
-    if prompt not in warned:
-        warned.add(prompt)
-        shown = left_out if len(left_out) < 60 else f"{left_out[:50]} ..."
-        print(f"warning: prompt cut to {max_length} tokens; left out: {shown!r}", file=sys.stderr)
+    if prompt in warned or len(warned) > MOST_WARNINGS:
+        return
+    warned.add(prompt)
+    shown = left_out if len(left_out) < 60 else f"{left_out[:50]} ..."
+    what = f"prompt cut to {max_length} tokens; left out: {shown!r}"
+    if len(warned) > MOST_WARNINGS:
+        what = f"more prompts are cut to {max_length} tokens; they are not listed"
+    print(f"warning: {what}", file=sys.stderr)
 
 
 def _printable(prompt):
@@ -200,6 +205,8 @@ def _from_pretrained(source, **where):
     from transformers import AutoTokenizer, CLIPTextModel, logging
 
     where["trust_remote_code"] = False
+    # else transformers asks the hub, in a thread of its own, for a conversion of weights that are here already
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the file also holds the image tower, and transformers would list what we leave out
     try:
@@ -213,6 +220,10 @@ def _from_pretrained(source, **where):
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise _Unusable(f"its weights lack {min(info['missing_keys'])}")
+    if model.config.max_position_embeddings < ClipTextEncoder.max_length:
+        raise _Unusable(f"takes {model.config.max_position_embeddings} tokens, not {ClipTextEncoder.max_length}")
+    if model.config.vocab_size < len(tokenizer):
+        raise _Unusable(f"knows {model.config.vocab_size} tokens, its tokenizer {len(tokenizer)}")
     if tokenizer(PROBE_TEXT).input_ids != PROBE_IDS:
         raise _Unusable("its tokenizer is not CLIP's or not whole (tokenizer.json)")
     return tokenizer, model

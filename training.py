@@ -58,9 +58,10 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno == errno.EMFILE:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
             fail("--num_workers: too many files are open at once; give fewer, or 0")
-        fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else e)
+        what = str(e).strip().splitlines()[-1:] or [e]  # of an error in another process the last line says what it was
+        fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else what[0])
     except (RuntimeError, MemoryError) as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"--compile: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); leave it out")

@@ -74,6 +74,20 @@ def test_coco_is_chosen_where_its_captions_are(capsys, tmp_path, monkeypatch):
     assert parse_training_args("", "unet", [])[1].preset == "coco"
 
 
+@pytest.mark.parametrize("stage, shown", [("vae", "constant"), ("unet", "cosine")])
+def test_help_shows_the_defaults_of_its_own_script(stage, shown, capsys):
+    with pytest.raises(SystemExit):
+        parse_training_args("", stage, ["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"--lr_schedule str cosine (annealed to 0) or constant (default: {shown})" in words
+
+
+def test_flow_does_not_mind_what_betas_it_does_not_have_would_do():
+    assert SDConfig(prediction_type="flow", timesteps=20_000).timesteps == 20_000
+    with pytest.raises(UserError, match="beta_end"):
+        SDConfig(timesteps=20_000)
+
+
 @pytest.mark.parametrize("argv, word", [
     (["--no_such_flag", "1"], "--no_such_flag"),
     (["--batch_siz", "4"], "--batch_siz"),

@@ -244,13 +244,14 @@ def test_captions_of_other_pictures_are_the_wrong_file(tmp_path, unknown, refuse
         assert read_captions(path) == ({"1.jpg": ["x"] * 5}, {"captions of unknown pictures": 5})
 
 
-def test_an_id_given_twice_is_counted(tmp_path):
+def test_captions_of_an_id_that_two_pictures_have_are_left_out(tmp_path):
     path = tmp_path / "captions.json"
-    content = {"images": [ONE, {"id": 1, "file_name": "2.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}
-    path.write_text(json.dumps(content))
+    others = [{"id": 1, "file_name": "2.jpg"}, {"id": 3, "file_name": "3.jpg"}]
+    notes = [{"image_id": i, "caption": f"of {i}"} for i in (1, 3)]
+    path.write_text(json.dumps({"images": [ONE, *others], "annotations": notes}))
     captions, odd = read_captions(path)
-    assert captions == {"1.jpg": [], "2.jpg": ["x"]}
-    assert odd == {"ids given twice": 1, "pictures without a caption": 1}
+    assert captions == {"1.jpg": [], "2.jpg": [], "3.jpg": ["of 3"]}
+    assert odd == {"ids given twice": 1, "captions of unknown pictures": 1, "pictures without a caption": 2}
 
 
 @pytest.mark.parametrize("kind", ["coco", "folder"])
@@ -312,8 +313,8 @@ def test_a_folder_with_metadata(tmp_path):
 
 @pytest.mark.parametrize("lines", ["not json", '{"file_name": "x.jpg"}', '["x.jpg", "text"]'])
 def test_a_bad_line_of_metadata_is_named(tmp_path, lines):
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "x"}\n' + lines)
-    with pytest.raises(UserError, match="line 2"):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "x"}\n\n' + lines)
+    with pytest.raises(UserError, match="line 3"):
         folder_records(str(tmp_path))
 
 

@@ -22,6 +22,7 @@ from conftest import assert_one_line_error, no_hang
 from PIL import Image
 
 import download
+from config import UserError
 
 
 def jpeg(i):
@@ -307,9 +308,30 @@ def test_a_download_stopped_before_all_pictures_are_asked_for_ends_at_once(serve
         assert get().returncode == 130
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_zip_of_the_users_own_stays(server, get, tmp_path, whole):
+    """It is used where it is the right one."""
+    own = tmp_path / "coco/annotations_trainval2017.zip"
+    own.parent.mkdir()
+    data = server.files[f"/{download.ZIP}"] if whole else b"something else"
+    own.write_bytes(data)
+    assert get().returncode == 0 and own.read_bytes() == data
+    assert server.asked[f"/{download.ZIP}"] == (not whole)
+    assert [p.name for p in own.parent.glob("*.zip*")] == [own.name]
+
+
+def test_more_connections_than_any_server_bears_are_refused(get):
+    assert_one_line_error(get("--connections", download.MOST_CONNECTIONS + 1), 2, "--connections")
+
+
+def test_too_few_file_handles_are_not_put_down_to_the_disk(tmp_path):
+    with pytest.raises(UserError, match="--connections: too many files"), download.writing(tmp_path / "x"):
+        raise OSError(errno.EMFILE, "Too many open files", "x")
+
+
 # ---- What no other try would better ----
 
-ZIP_FILE, JSON_FILE = "annotations_trainval2017.zip.part", "annotations/captions_train2017.json.part"
+ZIP_FILE, JSON_FILE = "downloaded_annotations_trainval2017.zip.part", "annotations/captions_train2017.json.part"
 
 
 @pytest.mark.parametrize("which", ["picture", ZIP_FILE, JSON_FILE])
@@ -331,7 +353,7 @@ def test_a_full_disk_stops_everything_at_once(server, get, tmp_path, which, monk
     before = {n for n in there(tmp_path) if not n.endswith(".part")}
     asked = server.asked[f"/{download.ZIP}"]
     assert get().returncode == 0 and len(pictures(tmp_path)) == 8
-    assert before <= set(there(tmp_path)) | {"annotations_trainval2017.zip"}
+    assert before <= set(there(tmp_path)) | {"downloaded_annotations_trainval2017.zip"}
     assert server.asked[f"/{download.ZIP}"] == asked + (which == ZIP_FILE)  # what was there was not asked for again
 
 
@@ -446,6 +468,12 @@ def raise_(error):
 def test_your_own_pictures_are_not_put_aside(tmp_path, run_here):
     result = run_here("data.py", "verify", "--dataset", "folder", "--put_aside", cwd=tmp_path)
     assert_one_line_error(result, 2, "--put_aside")
+
+
+def test_verify_needs_no_captions_of_pictures_that_training_does_not_read(server, get, tmp_path, run_here):
+    assert get().returncode == 0
+    (tmp_path / "coco/annotations/captions_val2017.json").unlink()
+    assert run_here("data.py", "verify", "--data_root", "coco", cwd=tmp_path).returncode == 0
 
 
 def test_verify_lists_what_is_wrong(server, get, tmp_path, run_here):

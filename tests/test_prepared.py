@@ -1,5 +1,6 @@
 """Promises of prepared.py: computed once, the same as computed anew, never half, never of something else."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from conftest import ROOT, TINY, assert_one_line_error, flags
 from test_data import picture
 
 from config import SDConfig
-from data import folder_records, open_dataset, read_pictures
+from data import folder_records, open_dataset, read_pictures, read_rgb
 from prepared import prepare
 from training import show_progress
 
@@ -71,6 +72,32 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, bad, stop_at, together):
     assert torch.equal(found, expected(bad)) and why == {i: f"row {i} is bad" for i in bad}
     assert rows.firsts == [stop_at - stop_at % together]
     assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".json", ".lock"]
+
+
+def test_rows_that_cannot_be_had_take_no_room(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Rows(7, bad=(2, 3)))
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.part")) == 5 * 24
+
+
+def test_a_stop_while_the_whole_file_is_hashed_loses_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, Rows())
+    rows = Rows()
+    assert torch.equal(make(tmp_path, rows)[0], expected()) and rows.firsts == [COUNT]
+
+
+def test_an_error_of_the_rows_is_not_put_down_to_the_disk_of_the_cache(tmp_path):
+    def rows(first):
+        yield from itertools.islice(Rows()(first), 5)
+        raise OSError(5, "Input/output error", "a/picture.jpg")
+
+    with pytest.raises(OSError, match="picture.jpg"):
+        make(tmp_path, rows)
+    rows = Rows()
+    assert torch.equal(make(tmp_path, rows)[0], expected()) and rows.firsts == [5]
 
 
 @pytest.mark.parametrize("how", ["row flipped", "row zeroed", "log torn", "log empty", "log gone", "log of nonsense", "not UTF-8",
@@ -188,7 +215,31 @@ def test_another_folder_with_pictures_of_the_same_names_sizes_and_times_is_not_m
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_pictures_that_can_be_read_again_are_no_longer_left_out(tmp_path, monkeypatch):
+    """The file of a picture need not change when its permission does, or that of a folder above it."""
+    for i in range(20):
+        picture(tmp_path / f"mine/images/{i}.png", (10 * i, 0, 0))
+        (tmp_path / f"mine/images/{i}.txt").write_text(str(i))
+    cfg = SDConfig(dataset="folder", data_root=str(tmp_path / "mine"), image_size=32, num_workers=0, skip_bad=True,
+                   cache_dir=str(tmp_path / "prepared"))  # fmt: skip
+    training = open_dataset(cfg)[0]
+
+    def refused(path):
+        if path == training.names[4]:
+            raise PermissionError(13, "Permission denied", path)
+        return read_rgb(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.read_rgb", refused)
+        before, captions = read_pictures(training, cfg, show_progress("read"))
+        assert len(before) == len(captions) == len(training) - 1
+        read_pictures(training, cfg, lambda total, done: pytest.fail("as long as it lasts the file is as it should be"))
+    after, captions = read_pictures(training, cfg, show_progress("read"))
+    assert len(after) == len(captions) == len(training)
+    assert torch.equal(torch.cat([after[:4], after[5:]]), before)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), MemoryError()])
 def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monkeypatch, error):
     import data
 

@@ -13,7 +13,14 @@ import torch
 from conftest import ROOT
 
 import text_encoder
-from text_encoder import CLIP_NAME, CLIP_REVISION, ClipTextEncoder, WordHashTextEncoder, make_text_encoder
+from text_encoder import (
+    CLIP_NAME,
+    CLIP_REVISION,
+    MOST_WARNINGS,
+    ClipTextEncoder,
+    WordHashTextEncoder,
+    make_text_encoder,
+)
 
 
 def test_word_vectors_are_fixed():
@@ -100,6 +107,25 @@ def test_an_incomplete_clip_directory_is_refused(clip_dir, tmp_path, missing):
     with pytest.raises(OSError, match="--text_encoder") as e:
         ClipTextEncoder(str(copy))
     assert "\n" not in str(e.value) and str(copy) in str(e.value) and "hash" in str(e.value)
+
+
+@pytest.mark.parametrize("change", [{"max_position_embeddings": 64}, {"vocab_size": 1000}])
+def test_a_model_that_cannot_take_the_tokens_is_refused(clip_dir, tmp_path, change):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    copy = tmp_path / "clip"
+    shutil.copytree(clip_dir, copy)
+    CLIPTextModel(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                 **change)).save_pretrained(copy)  # fmt: skip
+    with pytest.raises(OSError, match="takes 64 tokens|knows 1000 tokens"):
+        ClipTextEncoder(str(copy))
+
+
+def test_of_many_prompts_that_are_cut_a_few_are_listed(capsys):
+    encoder = WordHashTextEncoder(8, 2)
+    encoder([f"one two three {i}" for i in range(1000)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == MOST_WARNINGS + 1 and "three 0" in lines[0] and "not listed" in lines[-1]
 
 
 def test_weights_of_another_model_are_refused(clip_dir, tmp_path):
