@@ -321,6 +321,8 @@ def load_vae(cfg, run_dir, device, flag="--run_dir"):
             lead = f"--{name}" if flag == "--run_dir" else f"{flag} {run_dir}: {name}"
             raise UserError(f"{lead}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
                             f"{getattr(theirs, name)}; give the same, or another {flag}")  # fmt: skip
+    if theirs.dataset != cfg.dataset:
+        print(f"warning: the VAE was trained on --dataset {theirs.dataset}, this is for {cfg.dataset}", file=sys.stderr)
     if theirs.held_out_combinations != cfg.held_out_combinations:
         print("warning: the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it",
               file=sys.stderr)  # fmt: skip
@@ -374,9 +376,18 @@ class Run:
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
                 if manifest["finished"] and self.is_whole(tag, manifest):
+                    self.finish_pruning()
                     print(f"{self.dir}: this run is finished (epoch {manifest['epoch']}); --overwrite starts it over")
                     return True
         return False
+
+    def finish_pruning(self):
+        """Delete what only resuming needed, where a run was killed between its last manifest and doing so."""
+        left = any("_state" in name or "_step" in name for name in os.listdir(self.dir) if self.is_ours(name))
+        if left and not self.world.rank:
+            self.open()
+            self.prune(0)
+            self.sweep()
 
     def is_whole(self, tag, manifest):
         for prefix in PREFIXES[self.kind]:
@@ -500,6 +511,7 @@ class Run:
 
     def save(self, tag, finished, modules, optimizer, counters):
         """Write one set. tag: "5" after epoch 5, "6_step900" within epoch 6. UserError if the disk does not take it."""
+        self.last_saved = manifest_path(self.dir, self.kind, tag)
         if self.world.rank:
             return
         csv = {}
@@ -518,8 +530,7 @@ class Run:
         manifest = {"format": FORMAT, "kind": self.kind, "step": counters["step"], "epoch": counters["epoch"],
                     "finished": finished, "files": files} | self.about  # fmt: skip
         manifest["sha256"] = own_hash(manifest)
-        self.last_saved = manifest_path(self.dir, self.kind, tag)
-        write_file(self.last_saved, json.dumps(manifest, indent=1).encode())
+        write_file(manifest_path(self.dir, self.kind, tag), json.dumps(manifest, indent=1).encode())
         self.prune(0 if finished else KEPT_SETS)
 
     def write_config(self):

@@ -174,6 +174,11 @@ class SDConfig:
                f"give --image_size a multiple of {2 * self.image_size // self.latent_size}")  # fmt: skip
         _check(not (self.equivariance and self.finetune_decoder_of), "equivariance",
                "shapes the latents, which finetuning the decoder leaves as they are", "give one of the two")  # fmt: skip
+        lowest = self.latent_size // 2 ** (len(self.unet_block_out_channels) - 1)
+        for side, channels, groups in ((self.latent_size, self.block_out_channels[-1], "norm_num_groups"),
+                                       (lowest, self.unet_block_out_channels[-1], "unet_norm_num_groups")):  # fmt: skip
+            _check(side > 1 or channels > getattr(self, groups), groups, "leaves each GroupNorm one number at the lowest "
+                   "resolution, which has no variance", "give fewer groups or a larger --image_size")  # fmt: skip
         smallest = self.image_size // (2 if self.equivariance else 1)  # picture that the loss sees
         _check(self.ms_ssim_weight == 0 or smallest >= 11, "ms_ssim_weight",
                f"its window is 11 pixels wide, the smallest picture {smallest}", "give a larger --image_size, or 0")  # fmt: skip
@@ -251,6 +256,11 @@ PRESETS = {
     "coco256": {"image_size": 256},
     "coco512": {"image_size": 512, "block_out_channels": (64, 128, 256, 256, 256), "latent_channels": 16},
 }
+VAE_TRAINING = (  # flags that tell nothing to train_unet.py, or mean another thing there
+    "random_crop", "random_scale", "beta", "l1_weight", "ms_ssim_weight", "equivariance", "finetune_decoder_of", "batch_size",
+    "num_epochs", "lr", "lr_schedule", "lr_warmup_steps", "adam_beta2", "weight_decay", "max_grad_norm", "grad_accumulation",
+    "save_every", "save_minutes", "compile",
+)  # fmt: skip
 COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0}
 VAE_PRESETS = {
     "coco": COCO_VAE,
@@ -333,6 +343,16 @@ def add_config_flags(parser, defaults):
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(f"--{f.name}", type=kind, nargs="+" if many else None, metavar=kind.__name__, **options)
+
+
+def flags_to_hand_on(args):
+    """What of the command line of train_vae.py the U-Net of this VAE needs too -> [words]."""
+    words = []
+    for name in (f.name for f in fields(SDConfig) if hasattr(args, f.name) and f.name not in VAE_TRAINING):
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+        words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
+    return words
 
 
 def choose_preset(args, given):

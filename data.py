@@ -419,6 +419,10 @@ def read_pictures_of(run_dir, cfg, data_root, start_progress):
     data_root: where that is now, if it has moved; None: where it was. Warns if it is not what it was; another release of
     Pillow, which may decode a JPEG a little differently, is no reason to stop.
     """
+    if data_root is not None and cfg.dataset == "scenes":
+        raise UserError(
+            f"--data_root {data_root}: the run was trained on painted scenes, which are no files; leave it out"
+        )
     cfg = cfg if data_root is None else replace(cfg, data_root=data_root)
     found = []
     for dataset, what in zip(open_dataset(cfg), ("training", "held-out")):

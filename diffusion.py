@@ -19,6 +19,7 @@ Papers:
   Ho & Salimans 2022, Classifier-Free Guidance (2207.12598); Kynkaanniemi et al. 2024 (2404.07724): its interval
 """
 
+import contextlib
 import math
 from functools import partial
 from typing import NamedTuple
@@ -243,9 +244,12 @@ def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, scale=1
         raise ValueError("a negative prompt acts by guidance alone: give a guidance_scale other than 1")
     device, n = next(unet.parameters()).device, len(t)
     t_embs = t_embedder(t.float().to(device))  # (n, time_dim)
-    cond = text_encoder(prompts)  # (B, L, text_dim)
-    uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # once, instead of in each layer at each step
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    # captions are embedded in float32 for training too
+    with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
+        cond = text_encoder(prompts)  # (B, L, text_dim)
+        uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
+    if autocast:  # once, instead of in each layer at each step
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
     scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # the times are evenly spaced
     amplitudes = [c.tolist() for c in levels(process, t)]
@@ -284,7 +288,8 @@ def fitted_start(mean, covariance, process):
     def start(noise):
         if noise[0].numel() != len(shift):
             raise ValueError(f"the fitted start is for latents of {len(shift)} numbers, not {noise[0].numel()}")
-        return (shift.to(noise) + noise.flatten(1) @ root.to(noise)).view_as(noise)
+        with torch.autocast(noise.device.type, enabled=False):
+            return (shift.to(noise) + noise.flatten(1) @ root.to(noise)).view_as(noise)
 
     return start
 

@@ -121,13 +121,14 @@ def main():
         strange, _ = generate(model, scene_prompts(args.num_prompts, unseen), len(prompts), options, "generate unseen")
         real_strange = paint_scenes(REAL_SERIES, REAL_SCENES, cfg, unseen)
         results["composition"] = prompt_accuracy(judge, strange, real_strange, unseen, model.device)
-    if library:
+    save_grid(f"{files}_samples.png", pictures[:64].float() / 255, columns=8)
+    write_file(f"{files}.json", json.dumps(results, indent=1).encode())
+    if library:  # last, because downloads may fail
         results["library"] = library_metrics(*library, pictures, real, prompts, model.device)
+        write_file(f"{files}.json", json.dumps(results, indent=1).encode())
 
     # ---- Done ----
-    save_grid(f"{files}_samples.png", pictures[:64].float() / 255, columns=8)
     print(table(results))
-    write_file(f"{files}.json", json.dumps(results, indent=1).encode())
 
 
 def parse_args():
@@ -261,10 +262,10 @@ def channel_means(z, held_out, train):
     clipped. held_out, train: (mu, log_var).
     """
     seed_step(CLASSIFIER_SERIES, 1)
-    real = metrics.channel_mean_variances(reparameterize(*train))
-    generated, other = (metrics.channel_mean_variances(x) for x in (z, reparameterize(*held_out)))
+    real, generated = (metrics.channel_mean_variances(x) for x in (reparameterize(*train), z))
+    other = metrics.channel_mean_variances(reparameterize(*held_out)) if len(held_out[0]) > 1 else None  # one has none
     return {"ratio": (generated.sum() / real.sum()).item(), "by_channel": (generated / real).tolist(),
-            "held_out": (other.sum() / real.sum()).item() if len(held_out[0]) > 1 else None}  # fmt: skip
+            "held_out": None if other is None else (other.sum() / real.sum()).item()}  # fmt: skip
 
 
 def memorisation(generated, held_out, train, cfg, path):
@@ -417,13 +418,13 @@ def load_library(device):
 
 @torch.no_grad()
 def library_metrics(fid, clip, pictures, real, prompts, device):
-    """uint8 pictures of prompts, and as many real ones where there are -> {"fid", "clip_score"}."""
+    """uint8 pictures of prompts, and as many real ones where there are -> {"fid", "clip_score", "pictures"}."""
     for x in real[: len(pictures)].split(BATCH):
         fid.update(x.to(device), real=True)
     for i, x in enumerate(pictures.split(BATCH)):
         fid.update(x.to(device), real=False)
         clip.update(list(x.to(device)), prompts[i * BATCH : i * BATCH + len(x)])
-    return {"fid": fid.compute().item(), "clip_score": clip.compute().item()}
+    return {"fid": fid.compute().item(), "clip_score": clip.compute().item(), "pictures": len(pictures)}
 
 
 # ---- The table ------------------------------------------------------------------------------------------
@@ -466,8 +467,9 @@ def picture_rows(results):
         for a in (*ATTRIBUTES, "all"):
             shares = {who: results[kind][who][a] for who in ("generated", "real")}
             yield f"{kind}, {a} right", *pair(shares, "generated", "real", "{:.1%}")
-    for kind, value in results.get("library", {}).items():
-        yield kind, f"{value:.3f}", ""
+    if library := results.get("library"):
+        yield f"FID, n = {library['pictures']}", f"{library['fid']:.4g}", "lower with more pictures: not that of papers"
+        yield f"CLIP score, n = {library['pictures']}", f"{library['clip_score']:.2f}", ""
 
 
 def pair(figures, measured, real, form):

@@ -238,7 +238,7 @@ images = pipe(**prompt, num_inference_steps={few}, guidance_scale=1, generator=n
 
 CARD = """\
 ---
-license: mit
+license: {licence}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [latent-diffusion, text-to-image]
@@ -262,14 +262,17 @@ What it is not: a fine-tuned Stable Diffusion, or fit for more than study. There
 |---|---|
 {files}
 
-Licence of the weights: MIT. {data_terms}
+{terms}
 """
 
-DATA = {
-    "coco": ("COCO 2017", "COCO's annotations are CC BY 4.0; its pictures belong to their photographers on Flickr."),
-    "folder": ("pictures of the trainer's own", "The pictures it was trained on are not part of it."),
-    "scenes": ("scenes painted by the project", "The pictures it was trained on were painted by the project itself."),
-}
+DATA = {  # what it is, the licence of weights trained on it in the hub's words, the same in plain ones
+    "coco": ("COCO 2017", "mit", "Licence of the weights: MIT. COCO's annotations are CC BY 4.0; its pictures belong to their "
+             "photographers on Flickr."),
+    "folder": ("pictures of the trainer's own", "other", "Under which licence the weights are is for whoever has trained them "
+               "to say. The pictures are not part of it."),
+    "scenes": ("scenes painted by the project", "mit", "Licence of the weights: MIT. The pictures were painted by the project "
+               "itself."),
+}  # fmt: skip
 
 
 def model_card(cfg, run_dir, name, vae, unet_weights, with_clip):
@@ -283,7 +286,8 @@ def model_card(cfg, run_dir, name, vae, unet_weights, with_clip):
         weights="the weights averaged over training" if name.startswith("ema_") else "the weights as trained",
         snippet=snippet(cfg, with_clip),
         facts="\n".join(f"| {what} | {value} |" for what, value in training_facts(cfg, run_dir, manifest).items()),
-        files="\n".join(f"| {file} | `{entries[file]['sha256']}` |" for file in used), data_terms=DATA[cfg.dataset][1],
+        files="\n".join(f"| {file} | `{entries[file]['sha256']}` |" for file in used),
+        licence=DATA[cfg.dataset][1], terms=DATA[cfg.dataset][2],
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ What it is not: no schedule, no model and no sampling formula is here; they come
 import math
 import os
 import re
+import sys
 
 import torch
 from PIL import PngImagePlugin
@@ -22,6 +23,7 @@ from data import read_pictures_of
 from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
 from metrics import latent_gaussian
+from scenes import unknown_words
 from text_encoder import make_text_encoder
 from training import (
     Progress,
@@ -58,6 +60,10 @@ def main():
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     check_text_encoder(run_dir, text_encoder)
+    for prompt in args.prompt if cfg.dataset == "scenes" else ():
+        if words := unknown_words(prompt):
+            print(f"warning: no painted scene has {', '.join(map(repr, words))}; python scenes.py --words lists what they "
+                  "have", file=sys.stderr)  # fmt: skip
     autocast = make_autocast(device, args.mixed_precision or cfg.mixed_precision)
     process = configured_process(cfg)
     if args.start == "fitted":
@@ -80,19 +86,20 @@ def main():
                 if not image.isfinite().all():
                     raise UserError(f"{model_name}: gives values that are not numbers; train again with a lower --lr")
                 save_png(out, prompt, f"seed{seed}", image, parameters(prompt, options, seed, image, model_name))
-            images.append(x[: max(0, GRID_PICTURES - first)])  # of a thousand pictures the grid shows the first
+            if first < GRID_PICTURES:  # of a thousand pictures the grid shows the first; a view would keep them all
+                images.append(x[: GRID_PICTURES - first].clone())
             progress.update(len(seeds))
         images = torch.cat(images)
         grid = make_grid(images, math.ceil(math.sqrt(len(images))))
         path = save_png(out, prompt, "grid", grid, parameters(prompt, options, args.seed, images[0], model_name))
-        print(f"wrote {args.num_images} pictures of {prompt!r}, and {path}")
+        progress.say(f"wrote {args.num_images} pictures of {prompt!r}, and {path}")
     progress.close()
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", help="one or more prompts, each in quotes")
+    what.add_argument("--prompt", nargs="+", action="extend", help="one or more prompts, each in quotes")
     what.add_argument("--export", metavar="DIR", help="make no pictures, but a folder that diffusers opens; goes with "
                       "--run_dir, --ema and --text_encoder")  # fmt: skip
     parser.add_argument("--num_images", type=positive_int, default=4, help="pictures per prompt (default: 4)")

@@ -16,6 +16,7 @@ a place is painted in [0, 1] x [0, 1].
 import hashlib
 import itertools
 import random
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -108,6 +109,12 @@ def split_combinations(held_out):
 def full_caption(subject, colour, place):
     """The plain wording with all three attributes: "a red sports car on the road"."""
     return f"{_article(colour)} {colour} {subject} {place}"
+
+
+def unknown_words(prompt):
+    """Words of a prompt that are in no caption, and so are noise to a U-Net trained on scenes."""
+    known = re.findall(r"\w+", " ".join(("a an picture of", *SUBJECTS, *COLOURS, *PLACES)))
+    return [word for word in re.findall(r"\w+", prompt.lower()) if word not in known]
 
 
 def _word(rng, subject, colour, place):

@@ -13,6 +13,7 @@ What it is not: schedule and loss are in diffusion.py, samplers in samplers.py, 
 import copy
 import math
 import os
+import shlex
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ from training import (
     send,
     shares_of,
     show_progress,
+    take,
     to_float,
     update_average,
     use_large_pages,
@@ -92,11 +94,10 @@ def main():
         pixels, captions = read_pictures(train_set, cfg, show_progress("read training pictures"))
         held_out_pixels, held_out_captions = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
         run.about["data"] = fingerprint(pixels, captions, held_out_pixels, held_out_captions)
-        mu, log_var = encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")
-        if cfg.horizontal_flips:  # then picture i is seen as row i, or mirrored as row N + i
-            mirrored = encode_all(vae, pixels, run.about, device, cfg, "encode mirrored pictures", mirrored=True)
-            mu, log_var = (torch.cat(pair) for pair in zip((mu, log_var), mirrored))
-        held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures")
+        latents = [encode_all(vae, pixels, run.about, device, cfg, "encode training pictures")]
+        if cfg.horizontal_flips:
+            latents.append(encode_all(vae, pixels, run.about, device, cfg, "encode mirrored pictures", mirrored=True))
+        held_out = encode_all(vae, held_out_pixels, run.about, device, cfg, "encode held-out pictures").to(device)
         first_rows = number_captions(captions)
         embed_captions = caption_embeddings(text_encoder, captions, run.about, device, cfg)
 
@@ -132,8 +133,8 @@ def main():
             step += 1
             lr = lr_at(step, total_steps, cfg)
             seed_step(cfg.seed, step)
-            seen = send(index + len(pixels) * draw_mirrored(len(index), cfg), device)
-            z = reparameterize(mu[seen], log_var[seen])  # drawn anew at each use, as if encoded again
+            # drawn anew at each use, as if encoded again
+            z = reparameterize(*latents_of(latents, index, draw_mirrored(len(index), cfg), device))
             t = draw_times(len(z), cfg)
             noise = torch.randn_like(z)
             rows = drop_captions(choose_captions(first_rows, index), first_rows[-1], cfg.caption_dropout)
@@ -183,11 +184,11 @@ def main():
     # ---- Done ----
     progress.close()
     print(f"wrote {os.path.join(args.run_dir, f'unet_ckpt{last_epoch}.pth')}; "
-          f'next: python sample.py --run_dir {args.run_dir} --prompt "a red sports car"')  # fmt: skip
+          f'next: python sample.py --run_dir {shlex.quote(args.run_dir)} --prompt "a red sports car"')  # fmt: skip
 
 
 def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
-    """uint8 pictures (N, 3, S, S) -> mu, log_var of all of them: (N, latent_channels, s, s) each, computed once."""
+    """uint8 pictures (N, 3, S, S) -> (N, 2, latent_channels, s, s): mu and log_var of each, computed once."""
     together = num_together(cfg.image_size**2)
 
     @torch.no_grad()
@@ -199,11 +200,26 @@ def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
             progress.update(len(x))
         progress.close()
 
-    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": about["machine"]}
+    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": last_bits_of(about, device)}
     key |= {"mirrored": True} if mirrored else {}
     shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, together)
-    return latents[:, 0].to(device), latents[:, 1].to(device)
+    return near(latents, device)
+
+
+def latents_of(latents, index, mirrored, device):
+    """mu, log_var (B, latent_channels, s, s) of pictures by their number. latents: of all, and of all mirrored if
+    `mirrored` (B,) may be 1."""
+    found = [take(several, index, device) for several in latents]  # (B, 2, C, s, s) each
+    if len(found) > 1:
+        found = [torch.where(send(mirrored == 1, device)[:, None, None, None, None], found[1], found[0])]
+    return found[0].unbind(1)
+
+
+def last_bits_of(about, device):
+    """What of the machine the last bits of a forward pass depend on, for the keys of prepared files."""
+    without = {"processes"} | ({"threads"} if torch.device(device).type == "cuda" else set())
+    return {name: value for name, value in about["machine"].items() if name not in without}
 
 
 def caption_embeddings(text_encoder, captions, about, device, cfg):
@@ -224,18 +240,18 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
             progress.update(len(texts[i : i + ENCODED_TOGETHER]))
         progress.close()
 
-    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": about["machine"]}
+    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device)}
     shape = (cfg.text_length, cfg.text_dim)
     embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
     embedded = near(embedded, device)
-    return lambda rows: send(embedded[send(rows, embedded.device)], device).float()
+    return lambda rows: take(embedded, rows, device).float()
 
 
 def evaluate(unet, t_ember, text_encoder, held_out, captions, process, cfg):
     """Held-out loss at the same latents, noise and timesteps at every epoch."""
     seed_step(cfg.seed, 0)
     first_captions = [several[0] for several in captions]
-    z = reparameterize(*held_out)
+    z = reparameterize(*held_out.unbind(1))
     return held_out_losses(unet, t_ember, text_encoder, z, first_captions, process, cfg.batch_size)[1].mean().item()
 
 

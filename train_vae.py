@@ -12,11 +12,12 @@ What it is not: it never looks at captions. Loss and model are in vae.py, every 
 
 import math
 import os
+import shlex
 
 import torch
 
 from checkpoint import Run, load_vae
-from config import parse_training_args
+from config import flags_to_hand_on, parse_training_args
 from data import draw_views, fingerprint, open_dataset, read_pictures, take_views
 from training import (
     FiniteGuard,
@@ -83,8 +84,7 @@ def main():
     vae.decoder.requires_grad_(True)  # of a finished VAE nothing else learns
     vae.to(device, memory_format=conv_layout(device))
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    # halved latents have a shape of their own, and of all shapes at once the compiler fails to make one graph
-    autoencode = compiled(in_parallel(vae, world), cfg.compile, dynamic=False if cfg.equivariance else None)
+    autoencode = compiled(in_parallel(vae, world), cfg.compile)
     optimizer = make_optimizer(parameters, cfg)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters that learn")
 
@@ -157,11 +157,19 @@ def main():
 
     # ---- Done ----
     progress.close()
-    following = f"train_unet.py --preset {args.preset} --run_dir {args.run_dir}"
-    following += " --normalize_latents" if cfg.normalize_latents else ""
+    following = ["train_unet.py", "--preset", args.preset, "--run_dir", args.run_dir, *flags_to_hand_on(args)]
     if cfg.finetune_decoder_of:
-        following = f'sample.py --run_dir {cfg.finetune_decoder_of} --vae {args.run_dir} --prompt "a red sports car"'
-    print(f"wrote {os.path.join(args.run_dir, f'vae_ckpt_epoch{last_epoch}.pth')}; next: python {following}")
+        following = [
+            "sample.py",
+            "--run_dir",
+            cfg.finetune_decoder_of,
+            "--vae",
+            args.run_dir,
+            "--prompt",
+            "a red sports car",
+        ]
+    written = os.path.join(args.run_dir, f"vae_ckpt_epoch{last_epoch}.pth")
+    print(f"wrote {written}; next: {shlex.join(['python', *following])}")
 
 
 def evaluate(vae, held_out, device, cfg):

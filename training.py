@@ -65,6 +65,10 @@ def run_script(main):
     except (RuntimeError, MemoryError) as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"--compile: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); leave it out")
+        if says_that_another_ended(e):
+            fail(
+                "another process of this run has ended (see its own message); the same command goes on from the last save"
+            )
         if "DataLoader worker" in str(e):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
         if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
@@ -78,6 +82,11 @@ def run_script(main):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def says_that_another_ended(e):
+    """Whether an error is only how the process group notices that a process of it is gone."""
+    return dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e) or "closed by peer" in str(e))
 
 
 def check_torchvision():
@@ -115,6 +124,9 @@ def fail(message):
 # ---- Signals --------------------------------------------------------------------------------------------
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SAME_SIGNAL = (
+    1.0  # seconds within which two are one: who stops a job may send it to torchrun, which passes it on, and to us
+)
 
 
 class Interrupts:
@@ -123,12 +135,15 @@ class Interrupts:
     def __init__(self, minutes, rank):
         self.seconds, self.signal, self.last, self.rank = 60 * minutes, None, time.monotonic(), rank
         for number in SIGNALS:
-            signal.signal(number, self.ask)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves a hang-up
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         if self.signal:  # asked twice: at once, which leaves the last set as it is
-            os._exit(128 + number)
-        self.signal = number
+            if time.monotonic() - self.asked > SAME_SIGNAL:
+                os._exit(128 + number)
+            return
+        self.signal, self.asked = number, time.monotonic()
         if number == getattr(signal, "SIGHUP", None):
             leave_terminal()
         if self.rank:  # goes on until rank 0 has saved and left, which ends them all
@@ -158,8 +173,11 @@ def leave_terminal():
 
 def launcher():
     """The words before the script's name in the command that started this run."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
+    processes, nodes = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    if processes == nodes == "1":
+        return ["python"]
+    address = [f"--nnodes={nodes}", "--node_rank=0", f"--master_addr={os.environ.get('MASTER_ADDR')}"]
+    return ["torchrun", *(address if nodes != "1" else []), f"--nproc_per_node={processes}"]
 
 
 # ---- Device and precision -------------------------------------------------------------------------------
@@ -185,20 +203,24 @@ def join_world():
         return World(0, 1, device)
     if device.type == "mps":  # no process group moves its tensors
         device = torch.device("cpu")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    try:
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    except (KeyError, ValueError):
+        raise UserError("WORLD_SIZE: is set in the environment, but RANK or LOCAL_RANK is not; start several processes by "
+                        "torchrun, or unset it") from None  # fmt: skip
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node: process {local_rank} has no GPU; give {torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # long, because all wait while rank 0 samples; torchrun notices a dead process by itself
-    wait = timedelta(hours=2)
+    # long, because all wait while rank 0 prepares data and samples; torchrun notices a dead process by itself
+    wait = timedelta(days=2)
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=wait, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=wait)
     if rank:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return World(rank, size, device)
 
 
@@ -238,12 +260,13 @@ def check_held_out(figure, step, last_saved):
                         f"--overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
-def compiled(module, wanted, dynamic=None):
+def compiled(module, wanted):
     """The module as torch.compile makes it, if wanted; the weights are the module's own either way.
 
-    dynamic: False compiles for each shape anew, None (torch's default) soon for any.
+    Each shape is compiled by itself: code for any shape, which PyTorch turns to after the second one, gives other last
+    bits, so that a resumed run would have others than an unbroken one.
     """
-    return torch.compile(module, dynamic=dynamic) if wanted else module
+    return torch.compile(module, dynamic=False) if wanted else module
 
 
 def average_over(tensor, world):
@@ -399,7 +422,8 @@ class Progress:
 
     def __init__(self, total, what, done=0, seconds_between_lines=10):
         self.total, self.what, self.done, self.before, self.pause = total, what, done, done, seconds_between_lines
-        self.bar = tqdm(total=total, desc=what, initial=done, disable=None, dynamic_ncols=True)
+        silent = dist.is_initialized() and dist.get_rank() > 0
+        self.bar = tqdm(total=total, desc=what, initial=done, disable=silent or None, dynamic_ncols=True)
         self.start = self.last = time.monotonic()
 
     def update(self, count=1):
@@ -495,11 +519,16 @@ def send(tensor, device):
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
-def near(pixels, device):
-    """pixels, moved to a GPU if they take less than half of what is free there; a batch is taken by its index either way."""
-    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return pixels.to(device)
-    return pixels
+def near(rows, device):
+    """rows, moved to a GPU if they take less than half of what is free there; take() does not mind where they are."""
+    if torch.device(device).type == "cuda" and rows.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return rows.to(device)
+    return rows
+
+
+def take(rows, index, device):
+    """Some of the rows, wherever they are -> on `device`."""
+    return send(rows.index_select(0, send(index, rows.device)), device)  # copies whole rows, where [] goes by number
 
 
 def to_float(pixels, device):
@@ -552,6 +581,8 @@ def sampling_options(args, cfg):
         (0 <= low <= high <= 1, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1"),
         (guidance_scale != 1 or not args.negative_prompt, "negative_prompt", "acts by guidance alone; give a "
          "--guidance_scale above 1"),
+        (args.start == "noise" or not flow, "start", "fitted is the same as noise for flow, which ends in nothing else; "
+         "leave it out"),
         (args.start == "noise" or cfg.latent_channels * cfg.latent_size**2 <= LARGEST_COVARIANCE, "start", "fitted is for "
          "pictures of at most 256 pixels; leave it out"),
     )  # fmt: skip

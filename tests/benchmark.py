@@ -459,6 +459,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
+    if unknown := set(args.what) - set(BENCHES):
+        parser.error(f"{min(unknown)}: is none of {', '.join(BENCHES)}")
     use_large_pages()
     device = pick_device()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"

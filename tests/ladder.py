@@ -68,13 +68,16 @@ def name_of(words):
 def train(out, seed, epochs, vae_flags, unet_flags):
     """-> the run directory of this seed and these flags, and the seconds of its U-Net; trained unless it is there."""
     common = [*COMMON, "--seed", seed, "--cache_dir", out / "prepared"]
-    vae_dir, run_dir = (out / f"seed{seed}-{name_of(words)}" for words in (vae_flags, f"{vae_flags}|{unet_flags}"))
+    names = (vae_flags, f"{vae_flags}|{unet_flags}|{epochs}")
+    vae_dir, run_dir = (out / f"seed{seed}-{name_of(words)}" for words in names)
     run("train_vae.py", *common, "--run_dir", vae_dir, *vae_flags.split())
     if not (run_dir / "seconds").exists():
         run_dir.mkdir(exist_ok=True)
         for path in vae_dir.glob("vae_*"):
             shutil.copy(path, run_dir)
-        seconds = run("train_unet.py", *common, "--run_dir", run_dir, "--num_epochs", epochs, *unet_flags.split())
+        seconds = run(
+            "train_unet.py", *common, "--run_dir", run_dir, "--num_epochs", epochs, *unet_flags.split(), "--overwrite"
+        )  # one that was interrupted would count the rest of its seconds alone
         (run_dir / "seconds").write_text(str(seconds))
     return run_dir, float((run_dir / "seconds").read_text())
 
@@ -126,10 +129,11 @@ def main():
     for seed in () if args.only_table else args.seeds:
         for rung, (vae_flags, unet_flags, evaluate_flags) in RUNGS.items():
             file = args.out / f"{rung}, seed {seed}.json"
-            if not file.exists():
+            asked = [vae_flags, unet_flags, evaluate_flags, args.epochs, args.num_prompts, args.steps]
+            if not file.exists() or json.loads(file.read_text()).get("asked") != asked:
                 run_dir, seconds = train(args.out, seed, args.epochs, vae_flags, unet_flags)
                 result = measure(run_dir, args.num_prompts, args.steps, evaluate_flags)
-                file.write_text(json.dumps(result | {"seconds": seconds}))
+                file.write_text(json.dumps(result | {"seconds": seconds, "asked": asked}))
     print(table(args.out, args.seeds))
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import TINY, assert_one_line_error, flags
 
+from training import SAME_SIGNAL, SIGNALS, Interrupts
+
 SMALL = TINY | {"max_images": 12, "held_out_images": 4, "batch_size": 4, "timesteps": 4, "save_minutes": 0,
                 "block_out_channels": (8, 8), "unet_block_out_channels": (8, 16), "time_dim": 32, "image_size": 16,
                 "text_length": 4, "text_dim": 16}  # fmt: skip
@@ -85,6 +87,22 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(begin, fork, kind, s
         assert stopped.returncode == -signal.SIGKILL
     again = finish(fork, kind, cwd, expected)
     assert f"resumed after step {step if number == signal.SIGTERM else step - 1}" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_compiled_run_goes_on_to_the_bits_of_an_unbroken_one(tmp_path, fork):
+    """The last batch of an epoch is a smaller one: code that is then compiled for any size would have other bits."""
+    compiled = command("vae", SMALL | {"batch_size": 5, "compile": True, "save_minutes": 60})
+    found = []
+    for name, stops in (("unbroken", []), ("stopped", [3])):
+        (tmp_path / name).mkdir()
+        for step in stops:
+            stopped = fork(*compiled, cwd=tmp_path / name, inject={"signal_at_step": (signal.SIGINT, step)}).wait(200)
+            assert stopped.returncode == 130, stopped.stderr
+        done = fork(*compiled, cwd=tmp_path / name).wait(200)
+        assert done.returncode == 0 and ("resumed" in done.stdout) == bool(stops), done.stderr
+        found.append(bits(tmp_path / name / "run"))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -335,7 +353,7 @@ training.run_script(train_vae.main)
 
 
 def test_the_second_signal_stops_at_once_and_the_old_set_is_whole(begin, fork):
-    """The first is answered only after the step; the step here never ends."""
+    """The first is answered only after the step; the step here never ends. One that comes by two ways is one signal."""
     cwd, expected = begin("vae")
     one = fork(*command("vae"), cwd=cwd, inject={"hang_at_step": 2})
     deadline = time.monotonic() + 30
@@ -344,12 +362,38 @@ def test_the_second_signal_stops_at_once_and_the_old_set_is_whole(begin, fork):
         time.sleep(0.02)
     import os
 
-    os.kill(one.process.pid, signal.SIGINT)
-    time.sleep(0.3)
+    for _ in range(2):
+        os.kill(one.process.pid, signal.SIGINT)
+        time.sleep(0.3)
     assert one.process.exitcode is None and "once more stops at once" in one.err.read_text()
+    time.sleep(SAME_SIGNAL)
     os.kill(one.process.pid, signal.SIGINT)
     assert one.wait(5).returncode == 130
     finish(fork, "vae", cwd, expected)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """nohup has hang-ups ignored, and a shell script Ctrl-C for what it starts in the background."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupts = Interrupts(10, 0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == interrupts.ask
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_what_a_run_killed_while_it_cleaned_up_has_left_goes_at_the_next_call(begin, fork):
+    cwd, _ = begin("vae")
+    assert fork(*command("vae", SMALL | {"save_every": 1}), cwd=cwd).wait().returncode == 0
+    names = {p.name for p in (cwd / "run").iterdir()}
+    for name in ("vae_state1.pth", "vae_state2_step4.pth", "vae_ckpt_epoch2_step4.pth", "vae_set2_step4.json",
+                 "vae_ckpt_epoch2_step5.pth"):  # fmt: skip
+        (cwd / "run" / name).write_bytes((cwd / "run/vae_set2.json").read_bytes())
+    again = fork(*command("vae"), cwd=cwd).wait()
+    assert again.returncode == 0 and "finished" in again.stdout
+    assert {p.name for p in (cwd / "run").iterdir()} == names
 
 
 def test_two_trainings_in_one_directory_are_refused_and_a_dead_one_is_not_in_the_way(begin, fork):

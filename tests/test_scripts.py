@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY, assert_one_line_error, flags, forge, run_script
 from PIL import Image
+from test_data import picture
 
 import evaluate
 from config import Parser, SDConfig
@@ -205,20 +207,54 @@ def test_pictures_of_another_size(tiny_run, tmp_path, run_here):
     (["--guidance_interval", "0.5", "0.2"], "--guidance_interval"), (["--guidance_interval", "0", "nan"], "--guidance_interval"),
     (["--negative_prompt", "x"], "--negative_prompt"), (["--eta", "1"], "--eta"), (["--sampler", "ddim", "--eta", "nan"], "--eta"),
     (["--sampler", "heun"], "choose from ddpm"), (["--size", "33", "32"], "--size"), (["--size", "0", "32"], "--size"),
-    (["--start", "fitted", "--size", "64", "32"], "--start"),
+    (["--start", "fitted", "--size", "64", "32"], "--start"), (["--data_root", "x"], "--data_root"),
 ])  # fmt: skip
 def test_sampling_flags_that_do_not_fit_are_refused(tiny_run, argv, word, run_here):
     assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)
 
 
-def test_the_fitted_start_is_refused_where_its_covariance_would_be_too_large(capsys):
+def test_the_fitted_start_is_refused_where_it_is_too_large_or_no_other(capsys):
     parser = Parser()
     add_sampling_flags(parser)
     args = parser.parse_args(["--start", "fitted"])
     assert sampling_options(args, SDConfig(image_size=256))
-    with pytest.raises(SystemExit, match="2"):
-        sampling_options(args, SDConfig(image_size=512))
-    assert "--start" in capsys.readouterr().err
+    for settings in ({"image_size": 512}, {"prediction_type": "flow"}):
+        with pytest.raises(SystemExit, match="2"):
+            sampling_options(args, SDConfig(**settings))
+        assert "--start" in capsys.readouterr().err
+
+
+def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
+    command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path]
+    result = run_here("sample.py", *command, "--prompt", "a red bus, a kitten", "--prompt", "A blue house at night",
+                      cwd=tiny_run)  # fmt: skip
+    assert result.stderr.count("warning") == 1 and "no painted scene has 'kitten'" in result.stderr
+    assert len(list(tmp_path.glob("*_seed0.png"))) == 2  # --prompt given twice
+
+
+def test_the_scenes_of_a_run_lie_nowhere(tiny_run, run_here):
+    result = run_here("evaluate.py", "--run_dir", "run", "--data_root", "x", cwd=tiny_run)
+    assert_one_line_error(result, 1, "--data_root x")
+
+
+def test_the_next_command_trains_on_the_same_data(tmp_path, run_here):
+    """What train_vae.py prints at its end, pasted as it is: your own pictures, other sizes, a folder with a blank."""
+    for i in range(24):
+        picture(tmp_path / f"my pictures/images/{i}.png", (9 * i, 0, 0))
+        (tmp_path / f"my pictures/images/{i}.txt").write_text("a thing")
+    settings = TINY | {"dataset": "folder", "data_root": "my pictures", "normalize_latents": True}
+    command = ["--preset", "demo", "--run_dir", "my run", "--max_steps", 2, *flags(settings)]
+    trained = run_here("train_vae.py", *command, cwd=tmp_path)
+    python, *words = shlex.split(trained.stdout.split("next: ")[1])
+    assert python == "python" and "--lr" not in words and "--max_steps" not in words
+    result = run_here(*words, "--max_steps", 1, cwd=tmp_path)
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    records = json.loads((tmp_path / "my run/config.json").read_text())
+    vae, unet = (records[name]["settings"] for name in ("train_vae", "train_unet"))
+    assert (vae["dataset"], vae["data_root"]) == (unet["dataset"], unet["data_root"]) == ("folder", "my pictures")
+    other = run_here("train_unet.py", "--preset", "demo", "--run_dir", "my run", "--overwrite", "--max_steps", 1,
+                     *flags(settings | {"dataset": "scenes", "data_root": "x"}), cwd=tmp_path)  # fmt: skip
+    assert "the VAE was trained on --dataset folder" in other.stderr
 
 
 @pytest.mark.parametrize("scale", ["-3", "0", "1e9"])

@@ -20,7 +20,7 @@ import train_vae
 import vae as vae_module
 from config import SDConfig, UserError
 from data import Scenes, shrunk
-from train_unet import encode_all
+from train_unet import encode_all, latents_of
 from training import Progress, encode_pictures, to_float
 from vae import AutoencoderKL, draw_transform, ms_ssim, reparameterize, transformed, vae_loss
 
@@ -282,10 +282,13 @@ def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
     """Against encoding the mirrored picture; and the cached latents of the plain ones are used again."""
     vae, pixels = randomize(AutoencoderKL(tiny)), torch.from_numpy(np.stack([Scenes(0, 3, 32)[i] for i in range(3)]))
     cfg, about = replace(tiny, cache_dir=str(tmp_path)), {"made_from": {}, "machine": {}}
-    plain, mirrored = (encode_all(vae, pixels, about, "cpu", cfg, "encode", mirrored=m)[0] for m in (False, True))
+    plain, mirrored = (encode_all(vae, pixels, about, "cpu", cfg, "encode", mirrored=m) for m in (False, True))
+    index = torch.tensor([2, 0])
+    mu, log_var = latents_of([plain, mirrored], index, torch.tensor([0, 1]), "cpu")
+    seen = torch.stack([pixels[2], pixels[0].flip(2)])
     with torch.no_grad():
-        torch.testing.assert_close(plain, vae.encode(to_float(pixels, "cpu"))[0])
-        torch.testing.assert_close(mirrored, vae.encode(to_float(pixels.flip(3), "cpu"))[0])
+        torch.testing.assert_close(latents_of([plain], index, None, "cpu"), vae.encode(to_float(pixels[index], "cpu")))
+        torch.testing.assert_close((mu, log_var), vae.encode(to_float(seen, "cpu")))
     assert len(list(tmp_path.glob("latents-*.json"))) == 2
 
 
