@@ -89,22 +89,6 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(begin, fork, kind, s
     assert f"resumed after step {step if number == signal.SIGTERM else step - 1}" in again.stdout
 
 
-@pytest.mark.slow
-def test_a_compiled_run_goes_on_to_the_bits_of_an_unbroken_one(tmp_path, fork):
-    """The last batch of an epoch is a smaller one: code that is then compiled for any size would have other bits."""
-    compiled = command("vae", SMALL | {"batch_size": 5, "compile": True, "save_minutes": 60})
-    found = []
-    for name, stops in (("unbroken", []), ("stopped", [3])):
-        (tmp_path / name).mkdir()
-        for step in stops:
-            stopped = fork(*compiled, cwd=tmp_path / name, inject={"signal_at_step": (signal.SIGINT, step)}).wait(200)
-            assert stopped.returncode == 130, stopped.stderr
-        done = fork(*compiled, cwd=tmp_path / name).wait(200)
-        assert done.returncode == 0 and ("resumed" in done.stdout) == bool(stops), done.stderr
-        found.append(bits(tmp_path / name / "run"))
-    assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_can_be_resumed(begin, fork, kind):
     cwd, expected = begin(kind)

@@ -5,7 +5,8 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from config import SDConfig, UserError
-from training import ema_decay_at, power_of_width, run_script, update_average
+from training import compiled, ema_decay_at, power_of_width, run_script, update_average
+from vae import ResnetBlock
 
 
 def averaged(cfg, values):
@@ -72,3 +73,21 @@ def test_a_fault_of_ours_is_not_taken_for_too_little_memory():
 
     with pytest.raises(RuntimeError, match="illegal"):
         run_script(main)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_gives_the_same_bits_after_another_shape():
+    """As after the smaller last batch of an epoch, which a resumed run may not have seen yet."""
+    torch._dynamo.reset()
+    block = ResnetBlock(8, 16, 1)
+    call = compiled(block, True)
+
+    def gradients(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(x).float().pow(2).mean()
+        return torch.autograd.grad(loss, block.parameters())
+
+    x = torch.randn(8, 8, 16, 16)
+    before = gradients(x)
+    gradients(x[:7])
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(x)))
