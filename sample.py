@@ -62,7 +62,7 @@ def main():
     check_text_encoder(run_dir, text_encoder)
     for prompt in args.prompt if cfg.dataset == "scenes" else ():
         if words := unknown_words(prompt):
-            print(f"warning: no painted scene has {', '.join(map(repr, words))}; python scenes.py --words lists what they "
+            print(f"warning: no painted scene has {', '.join(words)[:100]!r}; python scenes.py --words lists what they "
                   "have", file=sys.stderr)  # fmt: skip
     autocast = make_autocast(device, args.mixed_precision or cfg.mixed_precision)
     process = configured_process(cfg)

@@ -114,7 +114,7 @@ def full_caption(subject, colour, place):
 def unknown_words(prompt):
     """Words of a prompt that are in no caption, and so are noise to a U-Net trained on scenes."""
     known = re.findall(r"\w+", " ".join(("a an picture of", *SUBJECTS, *COLOURS, *PLACES)))
-    return [word for word in re.findall(r"\w+", prompt.lower()) if word not in known]
+    return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in known]
 
 
 def _word(rng, subject, colour, place):

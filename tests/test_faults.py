@@ -707,7 +707,7 @@ def test_names_in_a_listing_of_ones_own_stay_in_the_folder(tmp_path, run_here, n
     "", "   ", "\U0001f697", "\u202eabc", "word " * 5000, "\x1b[31mred\x1b[0m", "a\nb", "<|endoftext|> dog", "\udcff\udcfe",
     "../../x", "/etc/passwd", ".", "a" * 300, "CON", "x\x07y"])  # fmt: skip
 def test_any_prompt_gives_a_picture_in_its_folder(tiny_run, tmp_path, run_here, prompt):
-    result = run_here(*SAMPLE, "--out", tmp_path / "out", f"--prompt={prompt}", cwd=tiny_run)
+    result = run_here(SAMPLE[0], *SAMPLE[3:], "--out", tmp_path / "out", f"--prompt={prompt}", cwd=tiny_run)
     assert result.returncode == 0, result.stderr
     written = [p.name for p in (tmp_path / "out").iterdir()]
     assert len(written) == 2 and all(len(name) <= 200 and name.isascii() for name in written)

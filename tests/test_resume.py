@@ -76,7 +76,8 @@ def finish(fork, kind, cwd, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", [1, 2, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, STEPS])
+@pytest.mark.parametrize("step", [1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1,
+                                  *(pytest.param(step, marks=pytest.mark.slow) for step in (2, STEPS))])  # fmt: skip
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(begin, fork, kind, step, number):
     cwd, expected = begin(kind)
@@ -175,7 +176,9 @@ def stopped_run(begin, fork, kind, step=2):
 @pytest.mark.parametrize("kind, file", [
     ("vae", "vae_ckpt_epoch1_step2.pth"), ("unet", "unet_ckpt1_step2.pth"), ("unet", "t_ember_ckpt1_step2.pth"),
     ("unet", "ema_unet_ckpt1_step2.pth"), ("unet", "unet_state1_step2.pth"), ("unet", "unet_set1_step2.json")])  # fmt: skip
-@pytest.mark.parametrize("how", ["flip", "cut", "empty", "missing"])
+@pytest.mark.parametrize(
+    "how", ["flip", "missing", *(pytest.param(how, marks=pytest.mark.slow) for how in ("cut", "empty"))]
+)
 def test_a_damaged_newest_set_is_put_aside_for_the_one_before(begin, fork, kind, file, how):
     cwd, expected = stopped_run(begin, fork, kind)
     path = cwd / "run" / file
