@@ -175,9 +175,9 @@ class SDConfig:
         _check(not (self.equivariance and self.finetune_decoder_of), "equivariance",
                "shapes the latents, which finetuning the decoder leaves as they are", "give one of the two")  # fmt: skip
         lowest = self.latent_size // 2 ** (len(self.unet_block_out_channels) - 1)
-        for side, channels, groups in ((self.latent_size, self.block_out_channels[-1], "norm_num_groups"),
-                                       (lowest, self.unet_block_out_channels[-1], "unet_norm_num_groups")):  # fmt: skip
-            _check(side > 1 or channels > getattr(self, groups), groups, "leaves each GroupNorm one number at the lowest "
+        for side, channels, groups in ((self.latent_size, self.block_out_channels[-2:], "norm_num_groups"),
+                                       (lowest, self.unet_block_out_channels[-2:], "unet_norm_num_groups")):  # fmt: skip
+            _check(side > 1 or min(channels) > getattr(self, groups), groups, "leaves each GroupNorm one number at the lowest "
                    "resolution, which has no variance", "give fewer groups or a larger --image_size")  # fmt: skip
         smallest = self.image_size // (2 if self.equivariance else 1)  # picture that the loss sees
         _check(self.ms_ssim_weight == 0 or smallest >= 11, "ms_ssim_weight",

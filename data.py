@@ -89,8 +89,9 @@ class Pictures(Dataset):
         except MemoryError:
             raise
         except Exception as e:  # decoders raise many kinds for a broken file, and each means that it cannot be read
-            if getattr(e, "errno", None) not in {None, *OF_THE_FILE}:
-                raise
+            if getattr(e, "errno", None) not in {None, *OF_THE_FILE}:  # one text, which is what comes out of a worker
+                raise OSError(f"{self.names[i]}: {e.strerror}; see to the disk, the network or give fewer --num_workers, then "
+                              "the same command goes on from here") from None  # fmt: skip
             return f"{self.names[i]}: {e}"
 
 

@@ -424,7 +424,11 @@ def library_metrics(fid, clip, pictures, real, prompts, device):
     for i, x in enumerate(pictures.split(BATCH)):
         fid.update(x.to(device), real=False)
         clip.update(list(x.to(device)), prompts[i * BATCH : i * BATCH + len(x)])
-    return {"fid": fid.compute().item(), "clip_score": clip.compute().item(), "pictures": len(pictures)}
+    return {
+        "fid": fid.compute().item(),
+        "clip_score": clip.compute().item(),
+        "pictures": [len(pictures), min(len(real), len(pictures))],
+    }
 
 
 # ---- The table ------------------------------------------------------------------------------------------
@@ -468,8 +472,13 @@ def picture_rows(results):
             shares = {who: results[kind][who][a] for who in ("generated", "real")}
             yield f"{kind}, {a} right", *pair(shares, "generated", "real", "{:.1%}")
     if library := results.get("library"):
-        yield f"FID, n = {library['pictures']}", f"{library['fid']:.4g}", "lower with more pictures: not that of papers"
-        yield f"CLIP score, n = {library['pictures']}", f"{library['clip_score']:.2f}", ""
+        generated, real = library["pictures"]
+        yield (
+            f"FID, n = {generated} and {real} real",
+            f"{library['fid']:.4g}",
+            "lower with more pictures: not that of papers",
+        )
+        yield f"CLIP score, n = {generated}", f"{library['clip_score']:.2f}", ""
 
 
 def pair(figures, measured, real, form):

@@ -56,7 +56,7 @@ def prepare(folder, name, key, row_shape, dtype, count, rows, together=1, still_
                     print(f"warning: {path}: not what was prepared, or lacks what can be had now; it is made again")
                 print(f"{name}: preparing {count * row_bytes / 1e6:.0f} MB in {path}")
                 remove(f"{path}.json", path)
-                manifest = build(path, key, row_bytes, count, rows, together)
+                manifest = build(path, key, row_bytes, count, rows, together, still_bad)
     bad = {int(i): why for i, why in manifest["bad"].items()}
     if len(bad) == count:
         return torch.empty(0, *row_shape), bad
@@ -77,21 +77,23 @@ def in_memory(row_shape, dtype, count, rows):
 
 def check(path, key, row_bytes, still_bad):
     """The manifest of a whole file that lacks nothing but what cannot be had, else None."""
+    whole = False
     with contextlib.suppress(UserError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         manifest = json.loads(read_file(f"{path}.json", MAX_MANIFEST_BYTES))
         size = (key["count"] - len(manifest["bad"])) * row_bytes
+        bad = [int(i) for i in manifest["bad"]]
         whole = manifest["sha256"] == own_hash(manifest) and manifest["key"] == key and os.path.getsize(path) == size
-        if whole and manifest["content"] == file_sha256(path) and all(still_bad(int(i)) for i in manifest["bad"]):
-            return manifest
-    return None
+        whole = whole and manifest["content"] == file_sha256(path)
+    # what still_bad() raises is no fault of the file, and must not cost it
+    return manifest if whole and all(map(still_bad, bad)) else None
 
 
-def build(path, key, row_bytes, count, rows, together):
+def build(path, key, row_bytes, count, rows, together, still_bad):
     """Compute the rows that an earlier, stopped build does not have yet -> the manifest; the file then has its name."""
     part, log = f"{path}.part", f"{path}.log"
     try:
         with open(part, "a+b") as f, open(log, "a+", encoding="utf-8", errors="replace") as notes:
-            bad, done = whole_rows(f, notes, row_bytes, together)
+            bad, done = whole_rows(f, notes, row_bytes, together, still_bad)
             if done:
                 print(f"{part}: going on after row {done}")
             if shutil.disk_usage(os.path.dirname(path) or ".").free < (count - done) * row_bytes:
@@ -137,8 +139,9 @@ def append(f, notes, rows, bad):
     os.fsync(f.fileno())
 
 
-def whole_rows(f, notes, row_bytes, together):
-    """What a stopped build left: rows count as far as the log has a line with their checksum -> {bad row: why}, number.
+def whole_rows(f, notes, row_bytes, together, still_bad):
+    """What a stopped build left: rows count as far as the log has a line with their checksum, and those that could not
+    be had still cannot -> {bad row: why}, number.
 
     Both files are cut there. A row and its line reach the disk in any order, or not at all, when the power goes.
     """
@@ -154,11 +157,20 @@ def whole_rows(f, notes, row_bytes, together):
                 lines.append((line, why))
                 continue
         break
+    lines = lines[: first_mended([why for _, why in lines], still_bad)]
     lines = lines[: len(lines) - len(lines) % together]
     f.truncate(sum(why is None for _, why in lines) * row_bytes)
     notes.truncate(0)
     notes.writelines(line for line, _ in lines)
     return {i: str(why) for i, (_, why) in enumerate(lines) if why is not None}, len(lines)
+
+
+def first_mended(whys, still_bad):
+    """The number of the first row that could not be had and now can, else how many there are."""
+    try:
+        return next((i for i, why in enumerate(whys) if why is not None and not still_bad(i)), len(whys))
+    except OSError as e:
+        raise OfTheRows from e
 
 
 @contextlib.contextmanager

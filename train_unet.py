@@ -13,7 +13,6 @@ What it is not: schedule and loss are in diffusion.py, samplers in samplers.py, 
 import copy
 import math
 import os
-import shlex
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from training import (
     average_over,
     check_held_out,
     clip_gradients,
+    command_line,
     compiled,
     ema_decay_at,
     epoch_batches,
@@ -184,7 +184,7 @@ def main():
     # ---- Done ----
     progress.close()
     print(f"wrote {os.path.join(args.run_dir, f'unet_ckpt{last_epoch}.pth')}; "
-          f'next: python sample.py --run_dir {shlex.quote(args.run_dir)} --prompt "a red sports car"')  # fmt: skip
+          f"next: {command_line('python', 'sample.py', '--run_dir', args.run_dir, '--prompt', 'a red sports car')}")  # fmt: skip
 
 
 def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
@@ -194,7 +194,7 @@ def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     @torch.no_grad()
     def rows(first):
         progress = Progress(len(pixels), what, first)
-        for x in pixels[first:].split(together):
+        for x in pixels[first:].split(together) if first < len(pixels) else ():
             x = x.flip(3) if mirrored else x
             yield from torch.stack(vae.encode(to_float(x, device)), dim=1).cpu().numpy()  # (B, 2, C, s, s)
             progress.update(len(x))

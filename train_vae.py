@@ -12,7 +12,6 @@ What it is not: it never looks at captions. Loss and model are in vae.py, every 
 
 import math
 import os
-import shlex
 
 import torch
 
@@ -27,6 +26,7 @@ from training import (
     average_over,
     check_held_out,
     clip_gradients,
+    command_line,
     compiled,
     conv_layout,
     epoch_batches,
@@ -169,7 +169,7 @@ def main():
             "a red sports car",
         ]
     written = os.path.join(args.run_dir, f"vae_ckpt_epoch{last_epoch}.pth")
-    print(f"wrote {written}; next: {shlex.join(['python', *following])}")
+    print(f"wrote {written}; next: {command_line('python', *following)}")
 
 
 def evaluate(vae, held_out, device, cfg):

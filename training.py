@@ -18,6 +18,7 @@ import os
 import shlex
 import signal
 import stat
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -38,6 +39,7 @@ from vae import num_together
 
 # ---- Errors ---------------------------------------------------------------------------------------------
 
+ANOTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as PyTorch says it: GPU, CPU, Windows
 
 
@@ -45,7 +47,8 @@ def run_script(main):
     """Run a script's main(); what the user can put right ends in one line on stderr and exit code 1."""
     handlers = {s: signal.getsignal(s) for s in SIGNALS}
     make_output_safe()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if handlers[signal.SIGTERM] != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         check_torchvision()
         main()
@@ -60,18 +63,18 @@ def run_script(main):
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE):
             fail("--num_workers: too many files are open at once; give fewer, or 0")
-        what = str(e).strip().splitlines()[-1:] or [e]  # of an error in another process the last line says what it was
-        fail(f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else what[0])
+        fail(
+            f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else last_line(e)
+        )
     except (RuntimeError, MemoryError) as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"--compile: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); leave it out")
-        if says_that_another_ended(e):
-            fail(
-                "another process of this run has ended (see its own message); the same command goes on from the last save"
-            )
         if "DataLoader worker" in str(e):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
         if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
+            if any(words in str(e) for words in ANOTHER_ENDED):
+                fail(f"another process of this run has ended and says why ({last_line(e)}); mend that, and the same command "
+                     "goes on from the last save")  # fmt: skip
             raise
         fail(
             "--batch_size: not enough memory; give a smaller one, or fewer --max_images; of sample.py a smaller --size"
@@ -84,9 +87,9 @@ def run_script(main):
             signal.signal(number, handler)
 
 
-def says_that_another_ended(e):
-    """Whether an error is only how the process group notices that a process of it is gone."""
-    return dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e) or "closed by peer" in str(e))
+def last_line(e):
+    """Of an error that comes from another process the last line says what it was."""
+    return str(e).strip().split("\n")[-1].removeprefix("OSError: ")
 
 
 def check_torchvision():
@@ -158,7 +161,7 @@ class Interrupts:
         """Note that a set has been saved; exit with code 128 + signal if one has asked for that."""
         self.last = time.monotonic()
         if self.signal:
-            command = shlex.join([*launcher(), *(word for word in sys.argv if word != "--overwrite")])
+            command = command_line(*launcher(), *(word for word in sys.argv if word != "--overwrite"))
             print(f"stopped after step {step}, saved; to go on: {command}", flush=True)
             sys.exit(128 + self.signal)
 
@@ -169,6 +172,11 @@ def leave_terminal():
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(number).st_mode):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def command_line(*words):
+    """Words as they can be pasted into a shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def launcher():
@@ -198,16 +206,16 @@ class World(NamedTuple):
 
 def join_world():
     """-> World; alone unless torchrun says otherwise. Only rank 0 speaks and writes; the others compute their share."""
-    size, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device()
-    if size == 1:
+    device = pick_device()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return World(0, 1, device)
     if device.type == "mps":  # no process group moves its tensors
         device = torch.device("cpu")
     try:
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    except (KeyError, ValueError):
-        raise UserError("WORLD_SIZE: is set in the environment, but RANK or LOCAL_RANK is not; start several processes by "
-                        "torchrun, or unset it") from None  # fmt: skip
+        size, rank, local_rank, _ = (int(os.environ[k]) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
+    except (KeyError, ValueError) as e:
+        raise UserError(f"WORLD_SIZE: is set in the environment, but what goes with it is not ({e}); start several processes "
+                        "by torchrun, or unset it") from None  # fmt: skip
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node: process {local_rank} has no GPU; give {torch.cuda.device_count()}")
@@ -260,13 +268,19 @@ def check_held_out(figure, step, last_saved):
                         f"--overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
+SHAPES = 64  # far more than there are of batches, their parts and halved latents
+
+
 def compiled(module, wanted):
     """The module as torch.compile makes it, if wanted; the weights are the module's own either way.
 
     Each shape is compiled by itself: code for any shape, which PyTorch turns to after the second one, gives other last
     bits, so that a resumed run would have others than an unbroken one.
     """
-    return torch.compile(module, dynamic=False) if wanted else module
+    if not wanted:
+        return module
+    torch._dynamo.config.recompile_limit = SHAPES  # beyond it PyTorch goes on without compiling
+    return torch.compile(module, dynamic=False)
 
 
 def average_over(tensor, world):
@@ -433,7 +447,7 @@ class Progress:
         if self.bar.disable and (now - self.last > self.pause or self.done == self.total):
             self.last = now
             rate = (self.done - self.before) / max(now - self.start, 1e-9)
-            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total else ""
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
             print(f"{self.what}: {self.done}/{self.total or '?'}, {rate:.1f}/s{left}", flush=True)
 
     def say(self, text):

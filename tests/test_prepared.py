@@ -1,5 +1,6 @@
 """Promises of prepared.py: computed once, the same as computed anew, never half, never of something else."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -36,8 +37,8 @@ class Rows:
             yield f"row {i} is bad" if i in self.bad else np.full((2, 3), i, np.float32)
 
 
-def make(folder, rows, key=None, together=1):
-    return prepare(str(folder), "rows", key or {"of": "a test"}, (2, 3), np.float32, COUNT, rows, together)
+def make(folder, rows, key=None, together=1, **more):
+    return prepare(str(folder), "rows", key or {"of": "a test"}, (2, 3), np.float32, COUNT, rows, together, **more)
 
 
 def expected(bad=()):
@@ -87,6 +88,25 @@ def test_a_stop_while_the_whole_file_is_hashed_loses_nothing(tmp_path, monkeypat
             make(tmp_path, Rows())
     rows = Rows()
     assert torch.equal(make(tmp_path, rows)[0], expected()) and rows.firsts == [COUNT]
+
+
+def test_a_stopped_build_does_not_trust_what_it_could_not_have(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Rows(9, bad=(2, 5)))
+    rows = Rows(bad=(2,))
+    found, why = make(tmp_path, rows, still_bad=lambda i: i == 2)
+    assert rows.firsts == [5] and list(why) == [2] and torch.equal(found, expected((2,)))
+
+
+@pytest.mark.parametrize("stop_at", [COUNT, 7])
+def test_a_fault_while_bad_rows_are_looked_at_again_costs_nothing(tmp_path, stop_at):
+    with pytest.raises(KeyboardInterrupt) if stop_at < COUNT else contextlib.nullcontext():
+        make(tmp_path, Rows(stop_at, bad=(3,)))
+    with pytest.raises(OSError, match="stale"):
+        make(tmp_path, Rows(), still_bad=lambda i: (_ for _ in ()).throw(OSError("stale")))
+    rows = Rows(bad=(3,))
+    assert torch.equal(make(tmp_path, rows)[0], expected((3,)))
+    assert rows.firsts == ([] if stop_at == COUNT else [stop_at])
 
 
 def test_an_error_of_the_rows_is_not_put_down_to_the_disk_of_the_cache(tmp_path):
@@ -245,9 +265,10 @@ def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monk
 
     picture(tmp_path / "0.png", (1, 2, 3))
     one = data.Pictures([(str(tmp_path / "0.png"), ["x"])], 32, {str(tmp_path)})
+    named = "0.png" if isinstance(error, OSError) else None
     with monkeypatch.context() as patch:
         patch.setattr(data, "read_rgb", lambda path: (_ for _ in ()).throw(error))
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error), match=named):
             one[0]
     assert one[0].shape == (3, 32, 32)
 

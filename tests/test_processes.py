@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags
+from conftest import ROOT, TINY, assert_one_line_error, flags
 
 # twenty steps, one to an epoch, so that each has its row; 23 pictures over two processes are uneven shares
 STEPS = TINY | {"max_images": 23, "held_out_images": 4, "batch_size": 23, "num_epochs": 20, "timesteps": 4, "save_every": 50,
@@ -103,6 +103,15 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path, run_here):
         assert (plain - compiled).abs().max() < 1e-4
     names = [p.name for p in sorted((tmp_path / "plain").iterdir())]
     assert names == [p.name for p in sorted((tmp_path / "compiled").iterdir())]
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+                                         {"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}])  # fmt: skip
+def test_half_of_a_launchers_environment_is_one_line(tmp_path, run_here, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = run_here("train_vae.py", "--preset", "demo", "--run_dir", "run", cwd=tmp_path)
+    assert_one_line_error(result, 1, "WORLD_SIZE", "torchrun")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

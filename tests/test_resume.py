@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, assert_one_line_error, flags
 
-from training import SAME_SIGNAL, SIGNALS, Interrupts
+from training import SAME_SIGNAL, SIGNALS, Interrupts, run_script
 
 SMALL = TINY | {"max_images": 12, "held_out_images": 4, "batch_size": 4, "timesteps": 4, "save_minutes": 0,
                 "block_out_channels": (8, 8), "unet_block_out_channels": (8, 16), "time_dim": 32, "image_size": 16,
@@ -361,11 +361,14 @@ def test_the_second_signal_stops_at_once_and_the_old_set_is_whole(begin, fork):
 
 def test_a_signal_that_is_ignored_stays_so():
     """nohup has hang-ups ignored, and a shell script Ctrl-C for what it starts in the background."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before, found = {number: signal.getsignal(number) for number in SIGNALS}, []
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         interrupts = Interrupts(10, 0)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == interrupts.ask
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        run_script(lambda: [Interrupts(10, 0), found.append(signal.getsignal(signal.SIGTERM))])
+        assert found == [signal.SIG_IGN]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

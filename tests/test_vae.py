@@ -292,6 +292,17 @@ def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
     assert len(list(tmp_path.glob("latents-*.json"))) == 2
 
 
+def test_latents_that_are_all_there_but_not_named_yet_are_used(tiny, tmp_path, monkeypatch):
+    """A stop while they are hashed, and as many pictures as are encoded in one go."""
+    vae, pixels = randomize(AutoencoderKL(tiny)), torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
+    cfg, about = replace(tiny, cache_dir=str(tmp_path)), {"made_from": {}, "machine": {}}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        encode_all(vae, pixels, about, "cpu", cfg, "encode")
+    vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("they are there"))
+    assert encode_all(vae, pixels, about, "cpu", cfg, "encode").shape[0] == 32
+
+
 def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_path, monkeypatch):
     """Wherever it is done: 512-pixel pictures must fit where those of 128 do."""
     cfg = replace(tiny, normalize_latents=True, cache_dir=str(tmp_path), batch_size=4)
