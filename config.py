@@ -256,11 +256,6 @@ PRESETS = {
     "coco256": {"image_size": 256},
     "coco512": {"image_size": 512, "block_out_channels": (64, 128, 256, 256, 256), "latent_channels": 16},
 }
-VAE_TRAINING = (  # flags that tell nothing to train_unet.py, or mean another thing there
-    "random_crop", "random_scale", "beta", "l1_weight", "ms_ssim_weight", "equivariance", "finetune_decoder_of", "batch_size",
-    "num_epochs", "lr", "lr_schedule", "lr_warmup_steps", "adam_beta2", "weight_decay", "max_grad_norm", "grad_accumulation",
-    "save_every", "save_minutes", "compile",
-)  # fmt: skip
 COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0}
 VAE_PRESETS = {
     "coco": COCO_VAE,
@@ -343,6 +338,13 @@ def add_config_flags(parser, defaults):
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(f"--{f.name}", type=kind, nargs="+" if many else None, metavar=kind.__name__, **options)
+
+
+VAE_TRAINING = (  # flags that tell nothing to train_unet.py, or mean another thing there
+    "random_crop", "random_scale", "beta", "l1_weight", "ms_ssim_weight", "equivariance", "finetune_decoder_of", "batch_size",
+    "num_epochs", "lr", "lr_schedule", "lr_warmup_steps", "adam_beta2", "weight_decay", "max_grad_norm", "grad_accumulation",
+    "save_every", "save_minutes", "compile",
+)  # fmt: skip
 
 
 def flags_to_hand_on(args):

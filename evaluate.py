@@ -473,11 +473,7 @@ def picture_rows(results):
             yield f"{kind}, {a} right", *pair(shares, "generated", "real", "{:.1%}")
     if library := results.get("library"):
         generated, real = library["pictures"]
-        yield (
-            f"FID, n = {generated} and {real} real",
-            f"{library['fid']:.4g}",
-            "lower with more pictures: not that of papers",
-        )
+        yield f"FID, n = {generated} and {real} real", f"{library['fid']:.4g}", "lower with more pictures"
         yield f"CLIP score, n = {generated}", f"{library['clip_score']:.2f}", ""
 
 

@@ -159,15 +159,8 @@ def main():
     progress.close()
     following = ["train_unet.py", "--preset", args.preset, "--run_dir", args.run_dir, *flags_to_hand_on(args)]
     if cfg.finetune_decoder_of:
-        following = [
-            "sample.py",
-            "--run_dir",
-            cfg.finetune_decoder_of,
-            "--vae",
-            args.run_dir,
-            "--prompt",
-            "a red sports car",
-        ]
+        following = ["sample.py", "--run_dir", cfg.finetune_decoder_of, "--vae", args.run_dir]
+        following += ["--prompt", "a red sports car"]
     written = os.path.join(args.run_dir, f"vae_ckpt_epoch{last_epoch}.pth")
     print(f"wrote {written}; next: {command_line('python', *following)}")
 

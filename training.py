@@ -127,9 +127,7 @@ def fail(message):
 # ---- Signals --------------------------------------------------------------------------------------------
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-SAME_SIGNAL = (
-    1.0  # seconds within which two are one: who stops a job may send it to torchrun, which passes it on, and to us
-)
+SAME_SIGNAL = 1.0  # seconds within which two are one: torchrun passes on what its whole job may have been sent anyway
 
 
 class Interrupts:

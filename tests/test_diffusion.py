@@ -353,6 +353,22 @@ def test_the_fitted_start_is_where_the_forward_process_ends():
     torch.testing.assert_close(z.flatten(1).T.cov(), expected, rtol=0.03, atol=0.03)
 
 
+def test_captions_and_the_fitted_start_are_in_float32_under_autocast(models):
+    """As captions are embedded for training. bfloat16 would round both."""
+    unet, vae, t_embedder, text_encoder = models
+    seen = []
+
+    def watched(prompts):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return text_encoder(prompts)
+
+    noise, start = torch.randn(4, 1, 2, 3), fitted_start(torch.randn(6), torch.eye(6), make_process())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = start(noise)
+        sample(unet, vae, t_embedder, watched, "a cat", 2, 1)
+    assert torch.equal(found, start(noise)) and seen == [False]
+
+
 def test_sample_starts_where_it_is_told(models):
     shape = models[0].latent_shape
     d = shape[0] * shape[1] * shape[2]

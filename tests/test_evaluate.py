@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -160,6 +161,9 @@ def test_channel_mean_variances_are_those_of_the_covariance():
     found = evaluate.channel_means(z / 2, (z, nothing), (z, nothing))
     assert found["ratio"] == pytest.approx(0.25) and found["by_channel"] == pytest.approx([0.25] * 3)
     assert found["held_out"] == pytest.approx(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of one picture the variance is unknown, which is no matter to the user
+        assert evaluate.channel_means(z / 2, (z[:1], nothing[:1]), (z, nothing))["held_out"] is None
 
 
 def test_nearest_is_that_of_all_pairs():

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -232,6 +233,26 @@ def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
     assert len(list(tmp_path.glob("*_seed0.png"))) == 2  # --prompt given twice
 
 
+def test_an_order_of_many_pictures_does_not_keep_them_all(tiny_run, tmp_path, run_here, monkeypatch):
+    """The grid shows the first ones; of the others not even the memory may stay."""
+    import sample as script
+
+    batches, alive = [], []
+
+    def one_batch(*_, seeds, **__):
+        alive.append(sum(batch() is not None for batch in batches))
+        pixels = np.zeros((len(seeds), 3, 8, 8), np.float32)
+        batches.append(weakref.ref(pixels))
+        return torch.from_numpy(pixels)
+
+    monkeypatch.setattr(script, "sample", one_batch)
+    monkeypatch.setattr(script, "IMAGES_PER_BATCH", 2)
+    monkeypatch.setattr(script, "GRID_PICTURES", 4)
+    command = ["--run_dir", "run", "--prompt", "a red bus", "--num_images", 12, "--out", tmp_path]
+    assert run_here("sample.py", *command, cwd=tiny_run).returncode == 0
+    assert len(alive) == 6 and max(alive) <= 1
+
+
 def test_the_scenes_of_a_run_lie_nowhere(tiny_run, run_here):
     result = run_here("evaluate.py", "--run_dir", "run", "--data_root", "x", cwd=tiny_run)
     assert_one_line_error(result, 1, "--data_root x")
@@ -252,6 +273,12 @@ def test_the_next_command_trains_on_the_same_data(tmp_path, run_here):
     records = json.loads((tmp_path / "my run/config.json").read_text())
     vae, unet = (records[name]["settings"] for name in ("train_vae", "train_unet"))
     assert (vae["dataset"], vae["data_root"]) == (unet["dataset"], unet["data_root"]) == ("folder", "my pictures")
+    settings |= {"normalize_latents": False}  # which cannot be exported
+    for script in ("train_vae.py", "train_unet.py"):
+        again = ["--preset", "demo", "--run_dir", "my run", "--overwrite", "--max_steps", 1, *flags(settings)]
+        assert run_here(script, *again, cwd=tmp_path).returncode == 0
+    assert run_here("sample.py", "--run_dir", "my run", "--export", "card", cwd=tmp_path).returncode == 0
+    assert "license: other" in (tmp_path / "card/README.md").read_text()  # the weights of these pictures are not ours
     other = run_here("train_unet.py", "--preset", "demo", "--run_dir", "my run", "--overwrite", "--max_steps", 1,
                      *flags(settings | {"dataset": "scenes", "data_root": "x"}), cwd=tmp_path)  # fmt: skip
     assert "the VAE was trained on --dataset folder" in other.stderr
