@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -36,14 +37,15 @@ import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
 
 from test_models import randomize, their_unet, their_vae  # noqa: E402
 
 from checkpoint import Run  # noqa: E402
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
-from data import Pictures, draw_views, read_pictures, take_views  # noqa: E402
+from data import Pictures, draw_views, open_dataset, read_pictures, take_views  # noqa: E402
 from diffusion import baab, guided_denoiser, make_process, prediction_loss, q_sample, sampling_grid  # noqa: E402
 from samplers import ddpm  # noqa: E402
 from training import (  # noqa: E402
@@ -338,7 +340,7 @@ def link_pictures(folder, count):
 def timed_script(script, *words, cwd):
     """Run a script -> (seconds, the most memory of its own that it had, page cache apart, in GB)."""
     start, peak = time.perf_counter(), 0
-    command = [sys.executable, str(Path(__file__).resolve().parent.parent / script), *map(str, words)]
+    command = python(script, *words)
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             time.sleep(0.02)
@@ -350,18 +352,21 @@ def timed_script(script, *words, cwd):
     return time.perf_counter() - start, peak / 1e6
 
 
+def python(script, *words):
+    return [sys.executable, str(HERE.parent / script), *map(str, words)]
+
+
 def in_slices(commands, cwd, slice_s=0.25):
-    """Run scripts side by side, but only one at a time: each goes on for a moment, then is stopped -> {name: seconds}.
+    """Run commands side by side, but only one at a time: each goes on for a moment, then is stopped -> {name: seconds}.
 
     Whole runs of minutes, one after the other, differ by a fifth on a machine that others use too; so it is the same to all.
     """
     running, used = {}, dict.fromkeys(commands, 0.0)
     try:
         while len(running) < len(commands) or any(process.poll() is None for process in running.values()):
-            for name, (script, *words) in commands.items():
+            for name, command in commands.items():
                 start = time.perf_counter()
                 if name not in running:
-                    command = [sys.executable, str(Path(__file__).resolve().parent.parent / script), *map(str, words)]
                     running[name] = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                                      start_new_session=True)  # fmt: skip
                 process = running[name]
@@ -401,44 +406,57 @@ def bench_memory(device, rounds):
     return rows
 
 
+def prepare_often(root, count, times):
+    """Prepare the first `count` training pictures of a data set, `times` times as if never before."""
+    cfg = SDConfig(**(SMALL | {"dataset": "folder", "data_root": str(root), "max_images": count}))
+    for _ in range(times):
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            read_pictures(open_dataset(cfg)[0], replace(cfg, cache_dir=folder), show_progress("prepare"))
+
+
 def bench_growth(device, rounds):
     """Milliseconds per picture at each count: to prepare, to train on, to generate in one order (the smallest models).
 
-    As many pictures pass through the training and out of the sampler at each count, in more epochs or for more prompts
-    where the count is small. Taken off, because it does not depend on the count: start-up, that of the processes that
-    read among it, the end of an epoch (figures and curves; both measured on one batch), and the first hundred pictures
-    of a prompt, which have a grid.
+    As many pictures are prepared, pass through the training and come out of the sampler at each count: in more data sets,
+    epochs or prompts where the count is small. Taken off, because it does not depend on the count: start-up, that of the
+    processes that read among it, the end of an epoch (figures and curves), all measured on one batch, and the first
+    hundred pictures of a prompt, which have a grid.
     """
-    total, shown, batch = max(COUNTS), 100, SMALL["batch_size"]
+    total, shown, batch, held_out = max(COUNTS), 100, SMALL["batch_size"], SMALL["held_out_images"]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         training, sampling = {}, {}
+        link_pictures(os.path.join(folder, "few"), 10 * held_out)
         for n in COUNTS:
             link_pictures(os.path.join(folder, str(n)), n)
             common = flags_of(SMALL | {"dataset": "folder", "data_root": n, "max_images": n, "num_epochs": total // n,
                                        "save_every": LARGEST, "save_minutes": 60})  # fmt: skip
-            run = [*common, "--run_dir", f"run{n}", "--max_steps", 1]
             for script in ("train_vae.py", "train_unet.py"):
-                timed_script(script, *run, cwd=folder)
-            vae = ["train_vae.py", *common, "--run_dir"]
-            one_batch = ["--max_images", batch]
-            training |= {(n, "prepare"): [*vae, f"a{n}", "--max_steps", 1, "--cache_dir", f"again{n}"],
-                         (n, "prepare one batch"): [*vae, f"e{n}", "--max_steps", 1, "--cache_dir", f"few{n}", *one_batch],
-                         (n, "start"): [*vae, f"b{n}", "--max_steps", 1], (n, "train"): [*vae, f"c{n}"],
-                         (n, "one batch"): [*vae, f"d{n}", *one_batch]}  # fmt: skip
-            prompts = "x" * (total // n)
-            order = ["sample.py", "--run_dir", f"run{n}", "--steps", 1, "--prompt", *prompts, "--num_images"]
-            sampling |= {(n, "few"): [*order, shown, "--out", f"few{n}"], (n, "many"): [*order, n, "--out", f"many{n}"]}
+                timed_script(script, *common, "--run_dir", f"run{n}", "--max_steps", 1, cwd=folder)
+            vae = python("train_vae.py", *common, "--run_dir")
+            training |= {(n, "prepare"): prepare_command(n, n - held_out, total // n),
+                         (n, "prepare one batch"): prepare_command("few", batch, total // n),
+                         (n, "start"): [*vae, f"b{n}", "--max_steps", "1"], (n, "train"): [*vae, f"c{n}"],
+                         (n, "one batch"): [*vae, f"d{n}", "--max_images", str(batch)]}  # fmt: skip
+            order = python("sample.py", "--run_dir", f"run{n}", "--steps", 1, "--prompt", *"x" * (total // n))
+            sampling |= {(n, "few"): [*order, "--num_images", str(shown), "--out", f"few{n}"],
+                         (n, "many"): [*order, "--num_images", str(n), "--out", f"many{n}"]}  # fmt: skip
         seconds = in_slices(training, folder) | in_slices(sampling, folder)
     rows = {}
     for n in COUNTS:
         prepare, prepare_one, start, train, one, few, many = (
             seconds[n, what] for what in ("prepare", "prepare one batch", "start", "train", "one batch", "few", "many")
         )
-        rows[n] = {"prepare_ms": 1e3 * (prepare - prepare_one) / (n - batch), "epoch_end_s": (one - start) / (total // n),
-                   "train_ms": 1e3 * (train - one) / (total - total // n * batch),
+        more = total // n * (n - held_out - batch)  # training pictures beyond those of the one batch
+        rows[n] = {"prepare_ms": 1e3 * (prepare - prepare_one) / more, "epoch_end_s": (one - start) / (total // n),
+                   "train_ms": 1e3 * (train - one) / more,
                    "sample_ms": 1e3 * (many - few) / (total - total // n * shown)}  # fmt: skip
         print(f"  {n:6d} pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[n].items()), flush=True)
     return rows
+
+
+def prepare_command(root, count, times):
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark; "
+                                  f"benchmark.prepare_often({str(root)!r}, {count}, {times})"]  # fmt: skip
 
 
 BENCHES = {
