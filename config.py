@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 from dataclasses import dataclass, field, fields
+from typing import get_args
 
 LARGEST = 10**9  # of any number whose range says nothing else: beyond it lie slips of the hand
 BETA_RANGE = ("beta_start", "beta_end", "scale_betas")  # settings of the linear schedule alone
@@ -55,7 +56,8 @@ class SDConfig:
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
     cache_dir: str = setting("data/prepared", "where decoded pictures and latents are kept for the next run; '' = in memory "
                              "only", free=True)  # fmt: skip
-    num_workers: int = setting(2, "processes that read pictures; 0 = none but the main one", low=0, free=True)
+    num_workers: int | None = setting(None, "processes that read pictures; 0 = none but the main one, auto = one per "
+                                      "processor, at most 16", low=0, free=True)  # fmt: skip
 
     # VAE
     latent_channels: int = setting(4, "channels of the latent", low=1)
@@ -272,11 +274,18 @@ def _check(ok, name, what, remedy):
         raise UserError(f"--{name}: {what}; {remedy}")
 
 
+def kind_of(f):
+    """The type of a field's value, or of a tuple's entries. Where None may stand, which means auto, the other one."""
+    return (get_args(f.type) or (f.type,))[0]
+
+
 def _check_range(f, value):
     """Type, choices, finiteness and range of one field's value."""
+    if value is None and f.default is None:
+        return
     low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
     high = LARGEST if high is None else high
-    kind = float if isinstance(f.default, float) else type(f.default)
+    kind = tuple if isinstance(f.default, tuple) else kind_of(f)
     _check(isinstance(value, (kind, int) if kind is float else kind), f.name, f"{value!r} is of the wrong type",
            f"give a {kind.__name__}")  # fmt: skip
     entries = value if isinstance(value, tuple) else (value,)
@@ -329,10 +338,9 @@ def add_config_flags(parser, defaults):
     defaults: the SDConfig whose values --help shows.
     """
     for f in fields(SDConfig):
-        many = isinstance(f.default, tuple)
-        kind = type(f.default[0] if many else f.default)
+        many, kind = isinstance(f.default, tuple), kind_of(f)
         value = getattr(defaults, f.name)
-        shown = " ".join(map(str, value)) if many else value
+        shown = "auto" if value is None else " ".join(map(str, value)) if many else value
         options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
         if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)

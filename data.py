@@ -390,12 +390,14 @@ def read_pictures(dataset, cfg, start_progress):
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
     size = dataset.image_size
-    check_processes(cfg.num_workers)
+    num_workers = most_workers() if cfg.num_workers is None else cfg.num_workers
+    check_processes(num_workers)
 
     def rows(first):
         rest = Subset(dataset, range(first, len(dataset)))
         progress = start_progress(len(dataset), first)
-        for batch in DataLoader(rest, batch_size=64, num_workers=cfg.num_workers, collate_fn=list):
+        # by few, so that at the end no process has much to read while the others have nothing
+        for batch in DataLoader(rest, batch_size=16, num_workers=num_workers, collate_fn=list):
             for row in batch:
                 progress.update()
                 yield row
@@ -432,6 +434,12 @@ def read_pictures_of(run_dir, cfg, data_root, start_progress):
         print(f"warning: --data_root {cfg.data_root}: its pictures or captions are not those that the run in {run_dir} was "
               "trained on; restore them, or say where they are", file=sys.stderr)  # fmt: skip
     return found
+
+
+def most_workers(limit=16):
+    """As many processes as there are processors for, at most `limit`."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, limit)
 
 
 def check_processes(num_workers):

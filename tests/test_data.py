@@ -17,6 +17,7 @@ from data import (
     coco_records,
     draw_views,
     folder_records,
+    most_workers,
     number_captions,
     open_dataset,
     read_captions,
@@ -387,9 +388,15 @@ def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_p
 
 def test_workers_change_nothing(tmp_path):
     cfg = SDConfig(dataset="scenes", image_size=32, num_workers=0, cache_dir="")
-    two = SDConfig(dataset="scenes", image_size=32, num_workers=2, cache_dir="")
-    a, b = (read_pictures(Scenes(0, 130, 32), c, show_progress("read"))[0] for c in (cfg, two))
-    assert torch.equal(a, b)
+    for number in (2, None):
+        other = SDConfig(dataset="scenes", image_size=32, num_workers=number, cache_dir="")
+        a, b = (read_pictures(Scenes(0, 130, 32), c, show_progress("read"))[0] for c in (cfg, other))
+        assert torch.equal(a, b)
+
+
+def test_there_are_as_many_workers_as_processors_but_not_too_many(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(5)), raising=False)
+    assert most_workers() == 5 and most_workers(limit=3) == 3
 
 
 def test_captions_are_chosen_by_the_seed_among_those_of_their_picture():
