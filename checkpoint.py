@@ -289,7 +289,8 @@ def load_models(run_dir, ema, device, vae_dir=None):
                 f"; if train_vae.py has run again since, run python train_unet.py --run_dir {run_dir} --overwrite"
             )
             raise UserError(f"{e}{retrained if file == vae_file else ''}") from None
-        models.append(module.to(device).eval().requires_grad_(False))
+        # they stay as if to be trained: autocast casts weights once in all, not at each call, only if they want gradients
+        models.append(module.to(device).eval())
     if vae_dir:
         own, (models[0], _) = models[0], load_vae(cfg, vae_dir, device, "--vae")
         if not has_latents_of(models[0], own):
