@@ -129,7 +129,8 @@ class SDConfig:
     grad_accumulation: int = setting(
         1, "parts that a batch is computed in, one after the other, where memory is short", low=1
     )
-    compile: bool = setting(False, "torch.compile the model: minutes at the start, faster steps after")
+    compile: bool | None = setting(None, "torch.compile the model: minutes at the start, faster steps after; auto = on CUDA "
+                                   "in runs long enough to gain by it")  # fmt: skip
     mixed_precision: str = setting("auto", "no, bf16 (autocast), or auto: bf16 where the processor computes in it",
                                    choices=("auto", "no", "bf16"))  # fmt: skip
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", low=1, free=True)

@@ -105,9 +105,9 @@ def main():
     torch.manual_seed(cfg.seed)
     unet, t_ember = UNetLatent(cfg).to(device), TimeEmbedding(cfg.time_dim).to(device)
     ema = copy.deepcopy(unet).requires_grad_(False)
-    parameters = [*unet.parameters(), *t_ember.parameters()]
+    weights, average = list(unet.parameters()), list(ema.parameters())
+    parameters = [*weights, *t_ember.parameters()]
     optimizer = make_optimizer(parameters, cfg)
-    denoise, embed_t = compiled(in_parallel(unet, world), cfg.compile), in_parallel(t_ember, world)
     process = configured_process(cfg)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
@@ -115,6 +115,8 @@ def main():
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
+    predict = compiled(in_parallel(unet, world), cfg.compile, device, total_steps)
+    embed_t = in_parallel(t_ember, world)
     modules = [unet, t_ember, ema]
     start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(())}  # window: sum of the losses of `count` steps
     at = run.resume(modules, optimizer, start)
@@ -146,14 +148,14 @@ def main():
                 z_t, target = add_noise(process, z[here], t[mine], noise[here])
                 text_emb = embed_captions(rows[mine])
                 with autocast():
-                    out = denoise(z_t, embed_t(send(t[mine], device)), text_emb)
+                    out = predict(z_t, embed_t(send(t[mine], device)), text_emb)
                 loss = weight * (snr_weights[here] * prediction_loss(out, target)).mean()
                 loss.backward()
                 batch_loss += loss.detach()
             batch_loss = average_over(batch_loss, world)
             guard.judge(optimizer, batch_loss, clip_gradients(optimizer, cfg.max_grad_norm), step, run.last_saved)
             optimizer_step(optimizer, lr)
-            update_average(ema, unet, ema_decay_at(step, cfg))
+            update_average(average, weights, ema_decay_at(step, cfg))
             window += batch_loss
             count += 1
             if count == LOG_EVERY or step % steps_per_epoch == 0 or step == total_steps:

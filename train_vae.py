@@ -84,7 +84,6 @@ def main():
     vae.decoder.requires_grad_(True)  # of a finished VAE nothing else learns
     vae.to(device, memory_format=conv_layout(device))
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    autoencode = compiled(in_parallel(vae, world), cfg.compile)
     optimizer = make_optimizer(parameters, cfg)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters that learn")
 
@@ -92,6 +91,7 @@ def main():
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
+    autoencode = compiled(in_parallel(vae, world), cfg.compile, device, total_steps)
     start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(3)}  # window: sums of loss, mse, kl
     at = run.resume([vae], optimizer, start)
     step, epochs_done, count, window = at["step"], at["epoch"], at["count"], at["window"].to(device)

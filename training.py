@@ -68,7 +68,8 @@ def run_script(main):
         )
     except (RuntimeError, MemoryError) as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            fail(f"--compile: torch.compile does not work here ({str(e).strip().splitlines()[0][:200]}); leave it out")
+            why = str(e).strip().splitlines()[0][:200]
+            fail(f"--compile: torch.compile does not work here ({why}); give --no-compile")
         if "DataLoader worker" in str(e):
             fail("--num_workers: a process that reads pictures died; give fewer, or 0")
         if not isinstance(e, MemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
@@ -266,17 +267,24 @@ def check_held_out(figure, step, last_saved):
                         f"--overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
+COMPILE_PAYS = 3_000  # steps; an estimate, as no GPU was at hand to measure it
 SHAPES = 64  # far more than there are of batches, their parts and halved latents
 
 
-def compiled(module, wanted):
+def compiled(module, wanted, device, num_steps):
     """The module as torch.compile makes it, if wanted; the weights are the module's own either way.
 
+    wanted: True, False, or None: on CUDA, in a run of steps enough to win back what compiling takes; what then cannot be
+    compiled is run as it is, with a warning.
     Each shape is compiled by itself: code for any shape, which PyTorch turns to after the second one, gives other last
     bits, so that a resumed run would have others than an unbroken one.
     """
+    if wanted is None:
+        wanted = device.type == "cuda" and num_steps >= COMPILE_PAYS
+        torch._dynamo.config.suppress_errors = wanted
     if not wanted:
         return module
+    print("the model is compiled at its first step, which takes minutes; --no-compile leaves that out")
     torch._dynamo.config.recompile_limit = SHAPES  # beyond it PyTorch goes on without compiling
     return torch.compile(module, dynamic=False)
 
@@ -419,9 +427,9 @@ def power_of_width(sigma_rel):
 
 
 @torch.no_grad()
-def update_average(average, module, decay):
-    """average <- decay * average + (1 - decay) * module, all parameters at once."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+def update_average(average, weights, decay):
+    """average <- decay * average + (1 - decay) * weights; both lists of tensors, all updated at once."""
+    torch._foreach_lerp_(average, weights, 1 - decay)
 
 
 def show_progress(what):

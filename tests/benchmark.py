@@ -127,7 +127,8 @@ def unet_steps(device):
 
     def our_step(compile=False):
         unet, t_ember = copy.deepcopy(first).train(), copy.deepcopy(first_t_ember)
-        optimizer, predict = make_optimizer([*unet.parameters(), *t_ember.parameters()], cfg), compiled(unet, compile)
+        optimizer = make_optimizer([*unet.parameters(), *t_ember.parameters()], cfg)
+        predict = compiled(unet, compile, device, 0)
 
         def step():
             with autocast():
@@ -148,7 +149,7 @@ def unet_steps(device):
         adam = torch.optim.Adam(
             unet.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True if tuned else None
         )
-        predict = compiled(unet, compile)
+        predict = compiled(unet, compile, device, 0)
 
         def step():
             with torch.autocast(device.type, torch.bfloat16, enabled=tuned and computes_in_bf16(device)):

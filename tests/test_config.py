@@ -74,6 +74,25 @@ def test_coco_is_chosen_where_its_captions_are(capsys, tmp_path, monkeypatch):
     assert parse_training_args("", "unet", [])[1].preset == "coco"
 
 
+@pytest.mark.parametrize("argv, compile, num_workers", [
+    ([], None, None), (["--compile", "--num_workers", "0"], True, 0), (["--no-compile"], False, None),
+])  # fmt: skip
+def test_what_is_not_given_may_be_left_to_the_machine(argv, compile, num_workers):
+    cfg = parse_training_args("", "unet", argv)[0]
+    assert (cfg.compile, cfg.num_workers) == (compile, num_workers)
+    with pytest.raises(UserError, match="--compile: 'yes' is of the wrong type; give a bool"):
+        SDConfig(compile="yes")
+    with pytest.raises(UserError, match="--seed: None is of the wrong type"):
+        SDConfig(seed=None)
+
+
+def test_larger_pictures_have_as_much_kl_per_pixel():
+    """The KL term is a sum over the latent and the MSE a mean over pixels, so that beta goes with the size of the latent."""
+    for name in ("coco", "coco64", "coco256", "coco512"):
+        cfg = SDConfig(**PRESETS[name] | VAE_PRESETS[name])
+        assert cfg.beta * cfg.latent_channels * cfg.latent_size**2 == pytest.approx(1e-5 * 4 * 16 * 16)
+
+
 @pytest.mark.parametrize("stage, shown", [("vae", "constant"), ("unet", "cosine")])
 def test_help_shows_the_defaults_of_its_own_script(stage, shown, capsys):
     with pytest.raises(SystemExit):

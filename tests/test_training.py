@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from diffusers.training_utils import EMAModel
 
 from config import SDConfig, UserError
@@ -17,7 +18,7 @@ def averaged(cfg, values):
     for step, value in enumerate(values, 1):
         for p in module.parameters():
             p.data.fill_(value)
-        update_average(average, module, ema_decay_at(step, cfg))
+        update_average(list(average.parameters()), list(module.parameters()), ema_decay_at(step, cfg))
     return average.weight.item()
 
 
@@ -75,12 +76,34 @@ def test_a_fault_of_ours_is_not_taken_for_too_little_memory():
         run_script(main)
 
 
+@torch._dynamo.config.patch(suppress_errors=False)
+def test_what_pays_is_compiled_unless_told_otherwise():
+    """By itself on CUDA alone, and in long runs alone; what torch.compile() returns compiles nothing until it is called."""
+    block, cuda, cpu, many = ResnetBlock(8, 16, 1), torch.device("cuda"), torch.device("cpu"), 18_750
+    choices = [(True, cpu, 1), (False, cuda, many), (None, cpu, many), (None, cuda, 100), (None, cuda, many)]
+    assert [compiled(block, *choice) is not block for choice in choices] == [True, False, False, False, True]
+
+
+@torch._dynamo.config.patch(suppress_errors=False)
+@torch._inductor.config.patch({"cpp.cxx": ("no_compiler",)})
+def test_what_cannot_be_compiled_is_run_as_it_is(monkeypatch, tmp_path):
+    """Nobody has asked for it, so a machine without a compiler trains all the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    block, x = ResnetBlock(8, 24, 1), torch.randn(3, 8, 8, 8)
+    assert torch.equal(compiled(block, None, torch.device("cuda"), 18_750)(x), block(x))
+    with pytest.raises(RuntimeError, match="no_compiler"):
+        torch._dynamo.config.suppress_errors = False
+        torch._dynamo.reset()
+        compiled(block, True, torch.device("cpu"), 18_750)(x)
+
+
 @pytest.mark.slow
 def test_what_is_compiled_gives_the_same_bits_after_another_shape():
     """As after the smaller last batch of an epoch, which a resumed run may not have seen yet."""
     torch._dynamo.reset()
     block = ResnetBlock(8, 16, 1)
-    call = compiled(block, True)
+    call = compiled(block, True, torch.device("cpu"), 0)
 
     def gradients(x):
         with torch.autocast("cpu", torch.bfloat16):
