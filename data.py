@@ -503,6 +503,7 @@ def take_views(pixels, index, views, size):
         return pixels.index_select(0, index.to(pixels.device, non_blocking=pixels.is_cuda))
     along = torch.arange(int(side[0]))
     rows, columns = top + along, left + torch.where(mirrored == 1, side - 1 - along, along)  # (B, side) each
+    index, rows, columns = (i.to(pixels.device, non_blocking=pixels.is_cuda) for i in (index, rows, columns))
     taken = pixels[index[:, None, None], :, rows[:, :, None], columns[:, None]]  # (B, side, side, 3)
     taken = taken.permute(0, 3, 1, 2)
     return taken if len(along) == size else shrunk(taken, size)

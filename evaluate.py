@@ -330,7 +330,8 @@ class SceneClassifier(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in ATTRIBUTES.values()])
 
     def describe(self, x):
-        return self.features(F.interpolate(x, CLASSIFIER_SIZE, mode="area"))
+        on = "cpu" if x.device.type == "mps" else x.device  # MPS shrinks by whole factors alone
+        return self.features(F.interpolate(x.to(on), CLASSIFIER_SIZE, mode="area").to(x.device))
 
     def forward(self, x):
         h = self.describe(x)

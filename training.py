@@ -40,7 +40,7 @@ from vae import num_together
 # ---- Errors ---------------------------------------------------------------------------------------------
 
 ANOTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as PyTorch says it: GPU, CPU, Windows
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # GPU, CPU, Windows, cuBLAS
 
 
 def run_script(main):
@@ -122,7 +122,12 @@ def fail(message):
     """Exit with code 1 and one line; names in it may hold line breaks and escape codes."""
     if sys.stderr.isatty():
         print(file=sys.stderr)  # leave the line of a progress bar
-    sys.exit(f"error: {printable(message)}")
+    message = f"error: {printable(message)}"
+    if dist.is_initialized():  # an exit would close the process group, and may wait for ever for what a GPU has begun
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    sys.exit(message)
 
 
 # ---- Signals --------------------------------------------------------------------------------------------
@@ -536,7 +541,10 @@ def png_bytes(x, **options):
 
 def send(tensor, device):
     """A tensor -> on `device`; to CUDA without waiting for what it is doing. MPS might read after the source is freed."""
-    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+    cuda = torch.device(device).type == "cuda"
+    if cuda and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # out of other memory CUDA may wait all the same
+    return tensor.to(device, non_blocking=cuda)
 
 
 def near(rows, device):
