@@ -159,11 +159,12 @@ def drop_captions(rows, empty, share):
 def held_out_losses(unet, t_embedder, text_encoder, z, captions, process, batch_size):
     """Unweighted loss of latents not trained on -> t, loss: (N,) each, the times evenly spread over the schedule.
 
+    Not the training loss, which may have weights, captions left out, and times drawn more often in the middle.
+
     z: (N, C, h, w), captions: N strings. Noise comes from PyTorch's global generator: seed it to compare.
     """
-    t = torch.arange(len(z)) * process.timesteps // len(z)
-    if process.prediction_type == "flow":
-        t = (torch.arange(len(z)) + 0.5) * process.timesteps / len(z)
+    t = (torch.arange(len(z)) + 0.5) * process.timesteps / len(z)
+    t = t if process.prediction_type == "flow" else t.long()
     losses = []
     for i in range(0, len(z), batch_size):
         part = slice(i, i + batch_size)
@@ -184,7 +185,7 @@ def spaced_timesteps(num_steps, timesteps):
     """
     if not 1 <= num_steps <= timesteps:
         raise ValueError(f"num_steps must be 1 to {timesteps}, not {num_steps}")
-    return torch.arange(num_steps, 0, -1) * timesteps // num_steps - 1
+    return (torch.arange(num_steps, 0, -1, dtype=torch.float64) * timesteps / num_steps).round().long() - 1
 
 
 def sampling_grid(process, num_steps):

@@ -63,6 +63,11 @@ def their_scheduler(kind, process, num_steps, **options):
     return scheduler
 
 
+@pytest.mark.parametrize("num_steps", [1, 7, 30, 33, 150])
+def test_steps_that_do_not_divide_the_schedule_are_those_of_diffusers(num_steps):
+    their_scheduler(diffusers.DDIMScheduler, PROCESSES["recipe"], num_steps)
+
+
 @pytest.mark.parametrize("name", ["recipe", "cosine", "zero SNR"])
 @pytest.mark.parametrize("num_steps", [200, 50, 10])
 def test_ddpm_equals_diffusers_with_the_same_noise(name, num_steps):
