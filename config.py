@@ -90,7 +90,8 @@ class SDConfig:
     text_length: int = setting(77, "tokens per caption, longer ones are cut; CLIP takes 77 and no other", low=1)
 
     # diffusion
-    timesteps: int = setting(200, "T, the number of noise levels", low=1, high=100_000)
+    timesteps: int = setting(200, "T, the number of noise levels; for flow only the scale of the times that the U-Net is "
+                             "told", low=1, high=100_000)  # fmt: skip
     beta_start: float = setting(1e-4, "noise variance added by the first step", low=1e-9, high=0.999)
     beta_end: float = setting(0.02, "noise variance added by the last step", low=1e-9, high=0.999)
     beta_schedule: str = setting("linear", "linear from beta_start to beta_end, or cosine, which needs neither",

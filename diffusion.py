@@ -14,9 +14,10 @@ Papers:
   Lin et al. 2023, Common Diffusion Noise Schedules ... are Flawed (2305.08891): zero terminal SNR, trailing steps
   Salimans & Ho 2022, Progressive Distillation (2202.00512), appendix D: v-prediction
   Hang et al. 2023, Min-SNR Weighting (2303.09556)
-  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003)
+  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003): both count the other way
   Esser et al. 2024, Stable Diffusion 3 (2403.03206), section 3.1: logit-normal times
-  Ho & Salimans 2022, Classifier-Free Guidance (2207.12598); Kynkaanniemi et al. 2024 (2404.07724): its interval
+  Ho & Salimans 2022, Classifier-Free Guidance (2207.12598); Kynkaanniemi et al. 2024 (2404.07724): its interval,
+  here a share of the steps, there of sigma
 """
 
 import contextlib
@@ -38,7 +39,7 @@ def baab(timesteps=200, beta_start=1e-4, beta_end=0.02, *, beta_schedule="linear
     """A noise schedule -> beta, alpha, alpha_bar: (timesteps,) each (DDPM, section 2 and 4).
 
     beta_t is the variance of the noise added by step t, alpha_t = 1 - beta_t, alpha_bar_t the product of
-    alpha_0 .. alpha_t: the share of the signal's variance that is left after step t. Computed in double precision.
+    alpha_0 .. alpha_t (hence the name): the share of the signal's variance that is left after step t. Computed in double precision.
     The options are the fields of SDConfig; without them this is the recipe's linear schedule.
     """
     scale = 1000 / timesteps if scale_betas else 1.0  # DDPM's betas are made for T = 1000: keep their sum
@@ -123,7 +124,7 @@ def draw_times(count, cfg):
 
 
 def add_noise(process, x0, t, noise):
-    """What the U-Net gets and what it should say: x0, noise (B, ...), t (B,) on the CPU -> z_t, target: (B, ...) each."""
+    """The U-Net's input and its regression target: x0, noise (B, ...), t (B,) on the CPU -> z_t, target: (B, ...) each."""
     a, b = (c.to(x0, non_blocking=x0.is_cuda).view(-1, *[1] * (x0.dim() - 1)) for c in levels(process, t))
     target = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - b * x0, "flow": lambda: noise - x0}
     return a * x0 + b * noise, target[process.prediction_type]()
@@ -144,14 +145,15 @@ def prediction_loss(out, target):
 
 
 def min_snr_weights(process, t, gamma):
-    """Weights of the epsilon loss, min(SNR, gamma) / SNR (Hang et al.); all 1 if gamma is 0. (B,) -> (B,)."""
+    """Weights of the epsilon loss, min(SNR, gamma) / SNR with SNR = (a / b)^2 (Hang et al.); all 1 if gamma is 0.
+    (B,) -> (B,)."""
     a, b = levels(process, t)
     return (gamma * (b / a) ** 2).clamp(max=1.0).float() if gamma else torch.ones(len(t))
 
 
 def drop_captions(rows, empty, share):
-    """Each caption's number becomes that of the empty one with this probability, to train for guidance (Ho & Salimans,
-    Algorithm 1). rows: (B,), empty: (), both integer -> (B,)."""
+    """Replaces each caption's number by `empty`, that of the empty caption, with probability `share`, to train for guidance
+    (Ho & Salimans, Algorithm 1). rows: (B,), empty: (), both integer -> (B,)."""
     return torch.where(torch.rand(len(rows)) < share, empty, rows)
 
 

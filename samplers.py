@@ -12,7 +12,8 @@ Papers:
   Ho et al. 2020, DDPM (arXiv 2006.11239): ddpm
   Song et al. 2020, DDIM (2010.02502): ddim
   Lu et al. 2022, DPM-Solver++ (2211.01095): dpmpp_2m
-  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003): euler, heun
+  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003): euler, heun; s = 1 is
+  noise here, and data there
 """
 
 import math
@@ -28,7 +29,7 @@ def ddpm(denoise, z, a, b, draw_noise):
     """Ancestral sampling (DDPM, Algorithm 2) with sigma_t^2 = beta_t; for a = sqrt(1 - b^2) only.
 
     Where timesteps are left out, a step is one of a schedule with alpha = (a_t / a_s)^2. The mean is written as the
-    posterior's (Eq. 7): Algorithm 2 has the same one, but divides by a_t, which zero terminal SNR forbids.
+    posterior's (Eq. 7): Algorithm 2 has the same one, but divides by sqrt(alpha), which is 0 at zero terminal SNR.
     """
     for i, a_t, b_t, a_s, b_s in steps(a, b):
         x0, _ = denoise(z, i)
@@ -53,7 +54,7 @@ def ddim(denoise, z, a, b, draw_noise=None, eta=0.0):
 def dpmpp_2m(denoise, z, a, b, draw_noise=None):
     """DPM-Solver++(2M) (Lu et al., Algorithm 2), of first order in the first step and in the last.
 
-    The first has no step before it. The last ends where lambda is infinite, so no line through earlier x0 reaches it.
+    The first step has no x0 before it. The last ends at lambda = log(a / b) = infinity, where no line in lambda leads.
     """
     lam = (a.log() - b.log()).tolist()  # -inf at zero terminal SNR, which makes the next step first-order too
     before, last = None, len(a) - 2

@@ -31,7 +31,8 @@ class ClipTextEncoder(nn.Module):
     """The text tower of CLIP ViT-B/32, frozen; last hidden states after the final layer norm.
 
     source: the model's name on the hub, or a directory with config.json, weights and tokenizer files.
-    prompts: list of B strings -> (B, 77, 512) float32, padded with the end token as CLIP was trained.
+    prompts: list of B strings -> (B, 77, 512) float32, padded with the end token, as Hugging Face's tokenizer does (CLIP's
+    own code pads with 0). There is no attention mask: the U-Net sees the padding too.
     Raises OSError, in one line, if the model or a whole tokenizer cannot be had.
     """
 

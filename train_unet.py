@@ -275,8 +275,8 @@ def draw_curves(run_dir):
     train = read_csv(os.path.join(run_dir, "unet_train.csv"))
     held_out = read_csv(os.path.join(run_dir, "unet_held_out.csv"))
     plot_curves(os.path.join(run_dir, "unet_curves.png"), "step", {
-        "loss": {"training": (train["step"], train["loss"]),
-                                  "held-out": (held_out["step"], held_out["loss"])},
+        "loss": {"training, as drawn and weighted": (train["step"], train["loss"]),
+                 "held-out, times evenly spread": (held_out["step"], held_out["loss"])},
         "learning rate": {"learning rate": (train["step"], train["lr"])},
     })  # fmt: skip
 

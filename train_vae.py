@@ -197,7 +197,7 @@ def log_training(run, step, means, lr):
 
 @torch.no_grad()
 def show_reconstructions(vae, held_out, device, cfg, path):
-    """The same held-out pictures at every epoch, above what is left of them."""
+    """The same held-out pictures at every epoch, above their reconstructions: decoded from mu, not from a draw."""
     x = to_float(held_out[:GRID_PICTURES], device)
     x_hat = torch.cat([vae.decoder(vae.encode(part)[0]) for part in x.split(num_together(cfg.image_size**2))])
     save_grid(path, (torch.cat([x, x_hat]) + 1) / 2, columns=len(x))

@@ -1,7 +1,7 @@
 """The denoiser: a U-Net on latents, told the noise level by an embedding and the caption by cross-attention.
 
 What it is not: it knows no noise schedule, no guidance and no text encoder; it maps (z_t, embedded t,
-embedded caption) to a prediction: of the noise in z_t, or of what else diffusion.py trains it to tell.
+embedded caption) to a prediction: of the noise in z_t, or of another target that diffusion.py trains it for.
 
 Papers:
   Ronneberger et al. 2015, U-Net (arXiv 1505.04597)
@@ -26,7 +26,7 @@ class TimeEmbedding(nn.Module):
     """Sinusoids of the timestep through a two-layer MLP.
 
     t: (B,) integer or float timesteps, 0-based -> (B, dim). The sinusoids are dim / 4 wide
-    (cosines first, wavelengths from 2 pi to 10,000 * 2 pi; DDPM appendix B).
+    (cosines first, wavelengths from 2 pi to almost 10,000 * 2 pi; DDPM appendix B).
     """
 
     def __init__(self, dim):
@@ -246,7 +246,7 @@ class UpBlock(nn.Module):
 
 
 class UNetLatent(nn.Module):
-    """Predicts the noise eps in z_t (DDPM, section 3.2), or what else it is trained to tell.
+    """Predicts the noise eps in z_t (DDPM, section 3.2), or another target.
 
     z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from
     TimeEmbedding; text_emb: (B, L, text_dim) -> prediction: shape of z.

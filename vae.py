@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Limits of log sigma^2: outside them exp() under- or overflows and the KL term stops being a number.
+# Limits of log sigma^2, as in latent diffusion: one wild output must not make exp() overflow.
 LOG_VAR_RANGE = (-30.0, 20.0)
 INITIAL_LOG_VAR = -4.0
 MS_SSIM_EXPONENTS = (
@@ -37,7 +37,7 @@ PICTURES_TOGETHER, PIXELS_TOGETHER = 32, 32 * 128 * 128  # at most, where no bat
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 on a CPU even where all else is bfloat16, whose backward pass costs more than the convolutions there."""
+    """In float32 on a CPU even under bfloat16 autocast: its bfloat16 backward pass would cost more than the convolutions."""
 
     def forward(self, x):
         return super().forward(x.float() if x.device.type == "cpu" else x).to(x.dtype)
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z: (B, latent_channels, h, w) -> x_hat (B, 3, 8h, 8w), about [-1, 1] but not clamped.
+    """z: (B, latent_channels, h, w) -> x_hat (B, 3, f h, f w), about [-1, 1] but not clamped; f = 2^(levels - 1).
 
     normalized: z comes normalized; the buffers latent_mean and latent_std, (latent_channels, 1, 1) each, say by what.
     """
@@ -207,7 +207,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(*shape, cfg.normalize_latents)
 
     def encode(self, x):
-        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var: (B, latent_channels, H/8, W/8) each."""
+        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var: (B, latent_channels, H / f, W / f) each; f = 2^(levels - 1)."""
         mu, log_var = self.encoder(x).chunk(2, dim=1)
         log_var = log_var.clamp(*LOG_VAR_RANGE)
         if hasattr(self.decoder, "latent_std"):
@@ -268,6 +268,8 @@ def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):
     mse is averaged over pixels (in [-1, 1]); kl is KL(q(z|x) || N(0, I)) in nats, summed over the latent
     of one picture (Kingma & Welling, appendix B) and averaged over the batch; loss = mse + beta * kl, and, if
     weighted, + l1_weight * (mean absolute error) + ms_ssim_weight * (1 - MS-SSIM).
+    With p(x|z) = N(x_hat, s^2 I) over N pixel values, -ELBO times 2 s^2 / N is mse + beta * kl for beta = 2 s^2 / N, up
+    to a constant: at the recipe's size its beta means s = 0.5.
     """
     mse = F.mse_loss(x_hat, x)
     kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()
