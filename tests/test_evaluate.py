@@ -255,7 +255,7 @@ def test_the_conditioning_gap_is_what_the_caption_tells():
 
     nothing = torch.full_like(mu, -torch.inf)
     gaps = evaluate.conditioning_gaps(evaluate.caption_losses(Stub(listening, encode), (mu, nothing), captions))
-    t = torch.arange(80) * 200 // 80
+    t = ((torch.arange(80) + 0.5) * 200 / 80).long()
     weight = (baab(200)[2][t] / (1 - baab(200)[2][t])).view(4, 20)
     for kind, other in (("shuffled", mu.roll(-1, 0)), ("empty", torch.zeros_like(mu))):
         each = (weight * (mu - other).square().mean(dim=(1, 2, 3))).mean(0)
