@@ -26,7 +26,7 @@ def printable(text):
 def setting(default, text, *, low=None, high=None, choices=None, free=False):
     """A field with its help text and inclusive range (of each entry, if it is a tuple).
 
-    free: a resumed run may have another value, because it changes no result.
+    free: a resumed run may have another value, because it changes no result (compile its last bits).
     """
     metadata = {"help": text, "low": low, "high": high, "choices": choices, "free": free}
     return field(default=default, metadata=metadata)
@@ -131,7 +131,7 @@ class SDConfig:
         1, "parts that a batch is computed in, one after the other, where memory is short", low=1
     )
     compile: bool | None = setting(None, "torch.compile the model: minutes at the start, faster steps after; auto = on CUDA "
-                                   "in runs long enough to gain by it")  # fmt: skip
+                                   "in runs long enough to gain by it", free=True)  # fmt: skip
     mixed_precision: str = setting("auto", "no, bf16 (autocast), or auto: bf16 where the processor computes in it",
                                    choices=("auto", "no", "bf16"))  # fmt: skip
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", low=1, free=True)

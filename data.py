@@ -18,6 +18,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import stat
@@ -44,6 +45,8 @@ from scenes import make_scene, paint, split_combinations
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
 LISTING = "metadata.jsonl"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+READ_TOGETHER = 16  # few, so that at the end no process has much to read while the others have nothing
+MOST_WORKERS, MOST_NEW_WORKERS = 16, 4  # copies of this process, and those that import all anew
 MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be a giant
 MAX_PICTURE_BYTES = 100 << 20
 MAX_CAPTIONS_BYTES = 1 << 30  # COCO's largest captions file has 92 MB
@@ -390,14 +393,13 @@ def read_pictures(dataset, cfg, start_progress):
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
     size = dataset.image_size
-    num_workers = most_workers() if cfg.num_workers is None else cfg.num_workers
+    num_workers = most_workers(len(dataset)) if cfg.num_workers is None else cfg.num_workers
     check_processes(num_workers)
 
     def rows(first):
         rest = Subset(dataset, range(first, len(dataset)))
         progress = start_progress(len(dataset), first)
-        # by few, so that at the end no process has much to read while the others have nothing
-        for batch in DataLoader(rest, batch_size=16, num_workers=num_workers, collate_fn=list):
+        for batch in DataLoader(rest, batch_size=READ_TOGETHER, num_workers=num_workers, collate_fn=list):
             for row in batch:
                 progress.update()
                 yield row
@@ -436,10 +438,11 @@ def read_pictures_of(run_dir, cfg, data_root, start_progress):
     return found
 
 
-def most_workers(limit=16):
-    """As many processes as there are processors for, at most `limit`."""
+def most_workers(count):
+    """How many processes read `count` pictures where nobody says: one per processor, fewer where starting one is dear."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(there, limit)
+    limit = MOST_WORKERS if multiprocessing.get_start_method() == "fork" else MOST_NEW_WORKERS
+    return min(there, limit, math.ceil(count / READ_TOGETHER))
 
 
 def check_processes(num_workers):

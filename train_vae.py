@@ -91,7 +91,8 @@ def main():
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    autoencode = compiled(in_parallel(vae, world), cfg.compile, device, total_steps)
+    # with equivariance there is code for each transform, too much to win back
+    autoencode = compiled(in_parallel(vae, world), cfg.compile, device, 0 if cfg.equivariance else total_steps)
     start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(3)}  # window: sums of loss, mse, kl
     at = run.resume([vae], optimizer, start)
     step, epochs_done, count, window = at["step"], at["epoch"], at["count"], at["window"].to(device)

@@ -124,8 +124,9 @@ def fail(message):
         print(file=sys.stderr)  # leave the line of a progress bar
     message = f"error: {printable(message)}"
     if dist.is_initialized():  # an exit would close the process group, and may wait for ever for what a GPU has begun
-        print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
+            sys.stdout.flush()
         os._exit(1)
     sys.exit(message)
 
@@ -280,16 +281,19 @@ def compiled(module, wanted, device, num_steps):
     """The module as torch.compile makes it, if wanted; the weights are the module's own either way.
 
     wanted: True, False, or None: on CUDA, in a run of steps enough to win back what compiling takes; what then cannot be
-    compiled is run as it is, with a warning.
+    compiled is run as it is, with PyTorch's warnings.
     Each shape is compiled by itself: code for any shape, which PyTorch turns to after the second one, gives other last
     bits, so that a resumed run would have others than an unbroken one.
     """
     if wanted is None:
         wanted = device.type == "cuda" and num_steps >= COMPILE_PAYS
-        torch._dynamo.config.suppress_errors = wanted
+        if wanted:
+            torch._dynamo.config.suppress_errors = True
+            # with the forward pass, as errors are suppressed there alone; not at the first backward()
+            torch._functorch.config.force_non_lazy_backward_lowering = True
     if not wanted:
         return module
-    print("the model is compiled at its first step, which takes minutes; --no-compile leaves that out")
+    print("the model is compiled at its first step with each batch size, for minutes; --no-compile leaves that out")
     torch._dynamo.config.recompile_limit = SHAPES  # beyond it PyTorch goes on without compiling
     return torch.compile(module, dynamic=False)
 

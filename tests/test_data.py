@@ -395,8 +395,14 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_there_are_as_many_workers_as_processors_but_not_too_many(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(5)), raising=False)
-    assert most_workers() == 5 and most_workers(limit=3) == 3
+    there = {"processors": 5, "start": "fork"}
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(there["processors"])), raising=False)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: there["start"])
+    assert [most_workers(count) for count in (1000, 40, 1)] == [5, 3, 1]
+    there["processors"] = 64
+    assert most_workers(40_000) == 16
+    there["start"] = "spawn"
+    assert most_workers(40_000) == 4
 
 
 def test_captions_are_chosen_by_the_seed_among_those_of_their_picture():

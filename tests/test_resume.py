@@ -120,7 +120,7 @@ def test_another_seed_is_another_run(begin, fork):
 def test_the_pace_may_change_on_resume(begin, fork):
     cwd, expected = begin("unet")
     fork(*command("unet"), cwd=cwd, inject={"signal_at_step": (signal.SIGINT, 2)}).wait()
-    other = SMALL | {"save_minutes": 5, "num_workers": 1, "save_every": 4}
+    other = SMALL | {"save_minutes": 5, "num_workers": 1, "save_every": 4, "compile": False}
     result = fork(*command("unet", other), cwd=cwd).wait()
     assert result.returncode == 0 and bits(cwd / "run") == expected, result.stderr
 

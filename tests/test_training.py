@@ -1,7 +1,10 @@
 """Promises of training.py that need no run: the averaged weights, what counts as too little memory."""
 
+import os
+
 import pytest
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from diffusers.training_utils import EMAModel
 
@@ -77,6 +80,7 @@ def test_a_fault_of_ours_is_not_taken_for_too_little_memory():
 
 
 @torch._dynamo.config.patch(suppress_errors=False)
+@torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
 def test_what_pays_is_compiled_unless_told_otherwise():
     """By itself on CUDA alone, and in long runs alone; what torch.compile() returns compiles nothing until it is called."""
     block, cuda, cpu, many = ResnetBlock(8, 16, 1), torch.device("cuda"), torch.device("cpu"), 18_750
@@ -84,7 +88,25 @@ def test_what_pays_is_compiled_unless_told_otherwise():
     assert [compiled(block, *choice) is not block for choice in choices] == [True, False, False, False, True]
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(suppress_errors=False)
+@torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
+def test_all_that_can_fail_is_compiled_where_errors_are_suppressed(monkeypatch, tmp_path):
+    """The backward pass with the forward pass: without a compiler afterwards there are gradients all the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    block, x = ResnetBlock(8, 40, 1), torch.randn(3, 8, 8, 8)
+    loss = compiled(block, None, torch.device("cuda"), 18_750)(x).pow(2).mean()
+    with torch._inductor.config.patch({"cpp.cxx": ("no_compiler",)}):
+        found = torch.autograd.grad(loss, block.parameters())
+    expected = torch.autograd.grad(block(x).pow(2).mean(), block.parameters())
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the compiler is found in another way there")
+@torch._dynamo.config.patch(suppress_errors=False)
+@torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
 @torch._inductor.config.patch({"cpp.cxx": ("no_compiler",)})
 def test_what_cannot_be_compiled_is_run_as_it_is(monkeypatch, tmp_path):
     """Nobody has asked for it, so a machine without a compiler trains all the same."""
