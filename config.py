@@ -57,7 +57,7 @@ class SDConfig:
     cache_dir: str = setting("data/prepared", "where decoded pictures and latents are kept for the next run; '' = in memory "
                              "only", free=True)  # fmt: skip
     num_workers: int | None = setting(None, "processes that read pictures; 0 = none but the main one, auto = one per "
-                                      "processor, at most 16", low=0, free=True)  # fmt: skip
+                                      "processor, at most 16, or 4 where each starts anew", low=0, free=True)  # fmt: skip
 
     # VAE
     latent_channels: int = setting(4, "channels of the latent", low=1)

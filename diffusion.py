@@ -36,10 +36,10 @@ from vae import num_together
 
 def baab(timesteps=200, beta_start=1e-4, beta_end=0.02, *, beta_schedule="linear", scale_betas=False,
          rescale_betas_zero_snr=False, dtype=torch.float32):  # fmt: skip
-    """A noise schedule -> beta, alpha, alpha_bar: (timesteps,) each (DDPM, section 2 and 4).
+    """A noise schedule -> beta, alpha, alpha_bar, hence the name: (timesteps,) each (DDPM, section 2 and 4).
 
     beta_t is the variance of the noise added by step t, alpha_t = 1 - beta_t, alpha_bar_t the product of
-    alpha_0 .. alpha_t (hence the name): the share of the signal's variance that is left after step t. Computed in double precision.
+    alpha_0 .. alpha_t: the share of the signal's variance that is left after step t. Computed in double precision.
     The options are the fields of SDConfig; without them this is the recipe's linear schedule.
     """
     scale = 1000 / timesteps if scale_betas else 1.0  # DDPM's betas are made for T = 1000: keep their sum
