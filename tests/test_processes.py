@@ -105,6 +105,30 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path, run_here):
     assert names == [p.name for p in sorted((tmp_path / "compiled").iterdir())]
 
 
+FAILS = """
+import atexit, sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from config import UserError
+from training import run_script
+
+def main():
+    dist.init_process_group("gloo", init_method="file://{folder}/group", rank=0, world_size=1)
+    atexit.register(print, "leaving slowly")
+    raise UserError("--lr: too high; give less")
+
+run_script(main)
+"""
+
+
+def test_an_error_beside_other_processes_leaves_at_once(tmp_path):
+    """Closing the group, as an ordinary exit does, may wait for ever for what a GPU has begun."""
+    code = FAILS.format(root=str(ROOT), folder=tmp_path)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1] == "error: --lr: too high; give less"
+
+
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
                                          {"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}])  # fmt: skip
 def test_half_of_a_launchers_environment_is_one_line(tmp_path, run_here, monkeypatch, environment):
