@@ -222,8 +222,9 @@ class SDConfig:
 # 8 x 8). At 64 pixels the VAE has a level less. At 512 it has a level more, so a latent pixel stands for 16 x 16 pixels
 # instead of 8 x 8, and four times the channels keep the ratio of numbers, 48 pixel values to one, that 4 have at 8 x 8.
 # best is the recipe with what has won on the ladder of RESULTS.md, which was climbed on painted scenes; demo has that too,
-# and is sized for two CPU cores and ten minutes: with one group per GroupNorm the small VAE learns faster. A little guidance,
-# because more makes the pictures' mean colours vary more than those of real ones do.
+# and is sized for two CPU cores and ten minutes: with one group per GroupNorm the small VAE learns faster. The
+# U-Net's batches could be smaller, but half of a step at this size is what any step costs. A little guidance, because more
+# makes the pictures' mean colours vary more than those of real ones do.
 WINNERS = {
     "prediction_type": "flow",
     "caption_dropout": 0.1,
@@ -248,9 +249,9 @@ PRESETS = {
         "time_dim": 128,
         "text_encoder": "hash",
         "text_length": 12,
-        "batch_size": 16,
+        "batch_size": 24,
         "num_epochs": 8,
-        "lr": 1e-3,
+        "lr": 1.5e-3,
         "lr_warmup_steps": 20,
         "adam_beta2": 0.99,
         "weight_decay": 0.0,
@@ -264,7 +265,7 @@ COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0
 VAE_PRESETS = {
     "coco": COCO_VAE,
     "best": COCO_VAE,
-    "demo": {"batch_size": 4, "num_epochs": 2},
+    "demo": {"batch_size": 4, "num_epochs": 2, "lr": 1e-3},
     "coco64": COCO_VAE,
     # the same activations at a time as at 128 pixels, and as much KL per pixel: it is a sum, where the MSE is a mean
     "coco256": COCO_VAE | {"grad_accumulation": 4, "beta": 2.5e-6},
