@@ -32,6 +32,7 @@ def run(argv, cwd, out, err, inject):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
     multiprocessing.set_start_method("fork", force=True)  # what a process started from a shell would have
     os.chdir(cwd)
     sys.argv = argv
