@@ -223,7 +223,7 @@ class SDConfig:
 # instead of 8 x 8, and four times the channels keep the ratio of numbers, 48 pixel values to one, that 4 have at 8 x 8.
 # best is the recipe with what has won on the ladder of RESULTS.md, which was climbed on painted scenes; demo has that too,
 # and is sized for two CPU cores and ten minutes: with one group per GroupNorm the small VAE learns faster. The
-# U-Net's batches could be smaller, but half of a step at this size is what any step costs. A little guidance, because more
+# U-Net's batches could be smaller, but much of a step at this size is what any step costs. A little guidance, because more
 # makes the pictures' mean colours vary more than those of real ones do.
 WINNERS = {
     "prediction_type": "flow",
