@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cuda_graph import recorded
 from samplers import SAMPLERS, choose_sampler, ddim
 from vae import num_together
 
@@ -256,9 +257,10 @@ def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, scale=1
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
     scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # the times are evenly spaced
     amplitudes = [c.tolist() for c in levels(process, t)]
+    predict = recorded(unet, device)
 
     def denoise(z, i):
-        out = guide(unet, z, t_embs[i], cond, uncond, scales[i]).to(z.dtype)
+        out = guide(predict, z, t_embs[i], cond, uncond, scales[i]).to(z.dtype)
         return to_x0_eps(process.prediction_type, out, z, *(c[i] for c in amplitudes))
 
     return denoise

@@ -130,7 +130,7 @@ def numbered(rows, first, count):
 def append(f, notes, rows, bad):
     for number, row in rows:
         why = row if isinstance(row, str) else None
-        data = np.ascontiguousarray(row).tobytes() if why is None else b""
+        data = np.ascontiguousarray(row) if why is None else b""
         f.write(data)
         notes.write(json.dumps([zlib.crc32(data), why]) + "\n")
         if why is not None:

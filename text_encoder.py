@@ -66,8 +66,10 @@ class ClipTextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts):
-        ids = self.tokenize([_printable(p) for p in prompts])
-        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float()
+        ids, device = self.tokenize([_printable(p) for p in prompts]), self.model.device
+        if device.type == "cuda":  # from other memory it would wait for all that the GPU has to do before
+            ids = ids.pin_memory().to(device, non_blocking=True)
+        return self.model(input_ids=ids.to(device)).last_hidden_state.float()
 
 
 class WordHashTextEncoder(nn.Module):

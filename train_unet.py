@@ -19,6 +19,7 @@ import torch
 
 from checkpoint import Run, load_vae
 from config import parse_training_args
+from cuda_graph import recorded
 from data import choose_captions, draw_mirrored, fingerprint, number_captions, open_dataset, read_pictures
 from diffusion import (
     add_noise,
@@ -44,6 +45,7 @@ from training import (
     compiled,
     ema_decay_at,
     epoch_batches,
+    fetched_ahead,
     first_alone,
     in_parallel,
     join_world,
@@ -69,8 +71,9 @@ from unet import TimeEmbedding, UNetLatent
 from vae import num_together, reparameterize
 
 SAMPLES_PER_PROMPT = 2
-ENCODED_TOGETHER = 32  # captions; always the same ones, because another grouping could give other last bits
+ENCODED_TOGETHER = 128  # captions; always the same ones, because another grouping could give other last bits
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
+COMPILE_PAYS = 20_000  # steps on CUDA that win back what compiling takes, as measured on an H200
 
 
 def main():
@@ -115,7 +118,7 @@ def main():
     steps_per_epoch = math.ceil(len(pixels) / cfg.batch_size)
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
-    predict = compiled(in_parallel(unet, world), cfg.compile, device, total_steps)
+    predict = compiled(in_parallel(unet, world), cfg.compile, device, total_steps >= COMPILE_PAYS)
     embed_t = in_parallel(t_ember, world)
     modules = [unet, t_ember, ema]
     start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(())}  # window: sum of the losses of `count` steps
@@ -126,6 +129,20 @@ def main():
         counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
         run.save(tag, epochs_done == last_epoch, modules, optimizer, counters)
 
+    def gradients(z_t, target, t, text_emb, snr_weights):
+        """Leaves the gradients of a batch in the parameters -> its loss, and the gradients' norm."""
+        batch_loss = torch.zeros((), device=device)
+        optimizer.zero_grad()
+        for mine, weight in shares_of(len(z_t), world, cfg.grad_accumulation):  # what is drawn is of the whole batch
+            with autocast():
+                out = predict(z_t[mine], embed_t(t[mine]), text_emb[mine])
+            loss = weight * (snr_weights[mine] * prediction_loss(out, target[mine])).mean()
+            loss.backward()
+            batch_loss += loss.detach()
+        return average_over(batch_loss, world), clip_gradients(optimizer, cfg.max_grad_norm)
+
+    if world.size == 1:
+        gradients = recorded(gradients, device, parameters)
     interrupts, progress = Interrupts(cfg.save_minutes, world.rank), Progress(total_steps, "train_unet", step)
     guard = FiniteGuard(device)
 
@@ -141,19 +158,9 @@ def main():
             noise = torch.randn_like(z)
             rows = drop_captions(choose_captions(first_rows, index), first_rows[-1], cfg.caption_dropout)
             snr_weights = send(min_snr_weights(process, t, cfg.min_snr_gamma), device)
-            batch_loss = torch.zeros((), device=device)
-            optimizer.zero_grad()
-            for mine, weight in shares_of(len(z), world, cfg.grad_accumulation):  # all above is of the whole batch
-                here = send(mine, device)
-                z_t, target = add_noise(process, z[here], t[mine], noise[here])
-                text_emb = embed_captions(rows[mine])
-                with autocast():
-                    out = predict(z_t, embed_t(send(t[mine], device)), text_emb)
-                loss = weight * (snr_weights[here] * prediction_loss(out, target)).mean()
-                loss.backward()
-                batch_loss += loss.detach()
-            batch_loss = average_over(batch_loss, world)
-            guard.judge(optimizer, batch_loss, clip_gradients(optimizer, cfg.max_grad_norm), step, run.last_saved)
+            z_t, target = add_noise(process, z, t, noise)
+            batch_loss, grad_norm = gradients(z_t, target, send(t, device), embed_captions(rows), snr_weights)
+            guard.judge(optimizer, batch_loss, grad_norm, step, run.last_saved)
             optimizer_step(optimizer, lr)
             update_average(average, weights, ema_decay_at(step, cfg))
             window += batch_loss
@@ -196,10 +203,11 @@ def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     @torch.no_grad()
     def rows(first):
         progress = Progress(len(pixels), what, first)
-        for x in pixels[first:].split(together) if first < len(pixels) else ():
-            x = x.flip(3) if mirrored else x
-            yield from torch.stack(vae.encode(to_float(x, device)), dim=1).cpu().numpy()  # (B, 2, C, s, s)
-            progress.update(len(x))
+        parts = pixels[first:].split(together) if first < len(pixels) else ()
+        encoded = (vae.encode(to_float(x.flip(3) if mirrored else x, device)) for x in parts)
+        for part in fetched_ahead(torch.stack(pair, dim=1) for pair in encoded):
+            yield from part.numpy()  # (B, 2, C, s, s)
+            progress.update(len(part))
         progress.close()
 
     key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": last_bits_of(about, device)}
@@ -237,9 +245,10 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
 
     def encode(first):
         progress = Progress(len(texts), "encode captions", first)
-        for i in range(first, len(texts), ENCODED_TOGETHER):
-            yield from text_encoder(texts[i : i + ENCODED_TOGETHER]).half().cpu().numpy()  # (B, L, text_dim)
-            progress.update(len(texts[i : i + ENCODED_TOGETHER]))
+        parts = (texts[i : i + ENCODED_TOGETHER] for i in range(first, len(texts), ENCODED_TOGETHER))
+        for part in fetched_ahead(text_encoder(part).half() for part in parts):
+            yield from part.numpy()  # (B, L, text_dim)
+            progress.update(len(part))
         progress.close()
 
     key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device)}

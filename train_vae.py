@@ -17,6 +17,7 @@ import torch
 
 from checkpoint import Run, load_vae
 from config import flags_to_hand_on, parse_training_args
+from cuda_graph import recorded
 from data import draw_views, fingerprint, open_dataset, read_pictures, take_views
 from training import (
     FiniteGuard,
@@ -43,7 +44,6 @@ from training import (
     run_script,
     save_grid,
     seed_step,
-    send,
     shares_of,
     show_progress,
     to_float,
@@ -53,6 +53,7 @@ from vae import AutoencoderKL, draw_transform, held_out_figures, measure_latents
 
 GRID_PICTURES = 8
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of vae_train.csv
+COMPILE_PAYS = 2_000  # steps on CUDA that win back what compiling takes, as measured on an H200
 
 
 def main():
@@ -92,7 +93,8 @@ def main():
     total_steps = min(cfg.num_epochs * steps_per_epoch, args.max_steps or math.inf)
     last_epoch = math.ceil(total_steps / steps_per_epoch)
     # with equivariance there is code for each transform, too much to win back
-    autoencode = compiled(in_parallel(vae, world), cfg.compile, device, 0 if cfg.equivariance else total_steps)
+    pays = total_steps >= COMPILE_PAYS and not cfg.equivariance
+    autoencode = compiled(in_parallel(vae, world), cfg.compile, device, pays)
     start = {"step": 0, "epoch": 0, "count": 0, "window": torch.zeros(3)}  # window: sums of loss, mse, kl
     at = run.resume([vae], optimizer, start)
     step, epochs_done, count, window = at["step"], at["epoch"], at["count"], at["window"].to(device)
@@ -101,6 +103,21 @@ def main():
         counters = {"step": step, "epoch": epochs_done, "count": count, "window": window.cpu()}
         run.save(tag, epochs_done == last_epoch, [vae], optimizer, counters)
 
+    def gradients(x, eps):
+        """Leaves the gradients of a batch in the parameters -> loss, mse, kl (3,), and the gradients' norm."""
+        losses = torch.zeros(3, device=device)
+        optimizer.zero_grad()
+        for mine, weight in shares_of(len(x), world, cfg.grad_accumulation):  # what is drawn is of the whole batch
+            with autocast():
+                mu, log_var, x_hat = autoencode(x[mine], eps[mine], transform)
+            loss, mse, kl = vae_loss(transformed(x[mine], transform), mu.float(), log_var.float(), x_hat.float(),
+                                     cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)  # fmt: skip
+            (weight * loss).backward()
+            losses += weight * torch.stack([loss, mse, kl]).detach()
+        return average_over(losses, world), clip_gradients(optimizer, cfg.max_grad_norm)
+
+    if world.size == 1 and not cfg.equivariance:
+        gradients = recorded(gradients, device, parameters)
     interrupts, progress = Interrupts(cfg.save_minutes, world.rank), Progress(total_steps, "train_vae", step)
     guard = FiniteGuard(device)
 
@@ -113,19 +130,9 @@ def main():
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
             views = draw_views(len(index), cfg)
             transform = draw_transform(cfg.equivariance)
-            losses = torch.zeros(3, device=device)
-            optimizer.zero_grad()
-            for mine, weight in shares_of(len(index), world, cfg.grad_accumulation):  # eps is of the whole batch
-                x = take_views(pixels, index[mine], views[mine], cfg.image_size)
-                x = to_float(x, device).contiguous(memory_format=conv_layout(device))
-                with autocast():
-                    mu, log_var, x_hat = autoencode(x, eps[send(mine, device)], transform)
-                loss, mse, kl = vae_loss(transformed(x, transform), mu.float(), log_var.float(), x_hat.float(),
-                                         cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)  # fmt: skip
-                (weight * loss).backward()
-                losses += weight * torch.stack([loss, mse, kl]).detach()
-            losses = average_over(losses, world)
-            guard.judge(optimizer, losses[0], clip_gradients(optimizer, cfg.max_grad_norm), step, run.last_saved)
+            x = to_float(take_views(pixels, index, views, cfg.image_size), device)
+            losses, grad_norm = gradients(x.contiguous(memory_format=conv_layout(device)), eps)
+            guard.judge(optimizer, losses[0], grad_norm, step, run.last_saved)
             optimizer_step(optimizer, lr)
             window += losses
             count += 1

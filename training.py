@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -256,14 +257,15 @@ def in_parallel(module, world):
 
 def shares_of(count, world, parts):
     """The batch of `count` samples as this process computes it, in at most `parts` parts one after the other
-    -> [(positions (k,) in the batch, weight of the mean of their losses)].
+    -> [(slice of the batch, weight of the mean of its losses)].
 
     The weighted losses, summed over parts and averaged over processes, are the mean over the batch.
     """
-    mine = torch.arange(count)[world.rank :: world.size]
+    mine = range(world.rank, count, world.size)
     parts = min(parts, math.ceil(count / world.size))  # of all processes alike: each part ends in a common reduction
-    nothing = torch.zeros(1, dtype=torch.long), 0.0  # one sample that counts for nothing, where there is none left
-    return [(part, len(part) * world.size / count) if len(part) else nothing for part in mine.tensor_split(parts)]
+    nothing = slice(0, 1), 0.0  # one sample that counts for nothing, where there is none left
+    return [(slice(part[0], part[-1] + 1, world.size), len(part) * world.size / count) if len(part) else nothing
+            for part in np.array_split(mine, parts)]  # fmt: skip
 
 
 def check_held_out(figure, step, last_saved):
@@ -273,20 +275,19 @@ def check_held_out(figure, step, last_saved):
                         f"--overwrite; the last good set is {last_saved}")  # fmt: skip
 
 
-COMPILE_PAYS = 3_000  # steps; an estimate, as no GPU was at hand to measure it
 SHAPES = 64  # far more than there are of batches, their parts and halved latents
 
 
-def compiled(module, wanted, device, num_steps):
+def compiled(module, wanted, device, pays):
     """The module as torch.compile makes it, if wanted; the weights are the module's own either way.
 
-    wanted: True, False, or None: on CUDA, in a run of steps enough to win back what compiling takes; what then cannot be
+    wanted: True, False, or None: on CUDA, in a run that wins back what compiling takes (pays); what then cannot be
     compiled is run as it is, with PyTorch's warnings.
     Each shape is compiled by itself: code for any shape, which PyTorch turns to after the second one, gives other last
     bits, so that a resumed run would have others than an unbroken one.
     """
     if wanted is None:
-        wanted = device.type == "cuda" and num_steps >= COMPILE_PAYS
+        wanted = device.type == "cuda" and pays
         if wanted:
             torch._dynamo.config.suppress_errors = True
             # with the forward pass, as errors are suppressed there alone; not at the first backward()
@@ -561,6 +562,23 @@ def near(rows, device):
 def take(rows, index, device):
     """Some of the rows, wherever they are -> on `device`."""
     return send(rows.index_select(0, send(index, rows.device)), device)  # copies whole rows, where [] goes by number
+
+
+def fetched_ahead(tensors):
+    """Tensors on any device, out of a generator -> the same on the CPU; each when the next one has been asked for, so that
+    a GPU computes it while the CPU is busy with this one."""
+    for (tensor, arrived), _ in pairwise(chain(map(fetch, tensors), [None])):
+        arrived()
+        yield tensor
+
+
+def fetch(tensor):
+    """-> the tensor on the CPU, and a function that waits until it is there."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), lambda: None
+    on_cpu, copied = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+    return on_cpu, copied.synchronize
 
 
 def to_float(pixels, device):

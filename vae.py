@@ -36,11 +36,31 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
 PICTURES_TOGETHER, PIXELS_TOGETHER = 32, 32 * 128 * 128  # at most, where no batch size says how many
 
 
+def compiled_for_cuda(x):
+    """Whether this is being compiled for the GPU that x is on: some layers then have a form that torch.compile makes more of."""
+    return x.device.type == "cuda" and torch.compiler.is_compiling()
+
+
 class GroupNorm(nn.GroupNorm):
-    """In float32 on a CPU even under bfloat16 autocast: its bfloat16 backward pass would cost more than the convolutions."""
+    """In float32 on a CPU even under bfloat16 autocast: its bfloat16 backward pass would cost more than the convolutions.
+
+    Compiled for CUDA out of sums, which become one with what comes before and after; PyTorch's own would copy channels_last
+    maps to another layout and back.
+    """
 
     def forward(self, x):
+        if compiled_for_cuda(x):
+            return self.by_sums(x)
         return super().forward(x.float() if x.device.type == "cpu" else x).to(x.dtype)
+
+    def by_sums(self, x):
+        """The same out of the means of x and x^2: x (B, C, H, W) -> (B, C, H, W)."""
+        x32, groups = x.float(), (len(x), self.num_groups, -1)
+        mean, square = (m.mean(dim=(2, 3)).view(groups).mean(dim=2) for m in (x32, x32.square()))  # (B, groups) each
+        std_inverse = ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
+        a = self.weight.view(1, *groups[1:]) * std_inverse[:, :, None]  # (B, groups, C / groups)
+        b = self.bias.view(1, *groups[1:]) - mean[:, :, None] * a
+        return (x32 * a.view(len(x), -1, 1, 1) + b.view(len(x), -1, 1, 1)).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -104,7 +124,16 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+        repeated = repeat_pixels(x) if compiled_for_cuda(x) else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(repeated)  # (B, C, 2H, 2W)
+
+
+def repeat_pixels(x):
+    """(B, C, H, W) -> (B, C, 2H, 2W), as F.interpolate(), in channels_last. Its backward pass is a sum; that one's, compiled,
+    adds one number after the other."""
+    b, c, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c)
+    return rows.permute(0, 3, 1, 2)
 
 
 class MidBlock(nn.Module):

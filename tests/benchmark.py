@@ -128,7 +128,7 @@ def unet_steps(device):
     def our_step(compile=False):
         unet, t_ember = copy.deepcopy(first).train(), copy.deepcopy(first_t_ember)
         optimizer = make_optimizer([*unet.parameters(), *t_ember.parameters()], cfg)
-        predict = compiled(unet, compile, device, 0)
+        predict = compiled(unet, compile, device, False)
 
         def step():
             with autocast():
@@ -149,7 +149,7 @@ def unet_steps(device):
         adam = torch.optim.Adam(
             unet.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True if tuned else None
         )
-        predict = compiled(unet, compile, device, 0)
+        predict = compiled(unet, compile, device, False)
 
         def step():
             with torch.autocast(device.type, torch.bfloat16, enabled=tuned and computes_in_bf16(device)):

@@ -1,0 +1,196 @@
+"""Promises of cuda_graph.py. A stand-in for CUDA's graphs on a CPU replays into fixed memory as they do; what only a GPU
+can show is skipped without one."""
+
+import contextlib
+
+import pytest
+import torch
+
+from config import PRESETS, SDConfig
+from cuda_graph import WARM_UP, recorded
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class FakeGraph:
+    """Runs a Python function again at replay, into the memory that its outputs and gradients had when it was recorded."""
+
+    def __init__(self):
+        self.function, self.inputs, self.memory = None, None, None
+
+    def replay(self):
+        kept = [p.grad for p in self.parameters]
+        results = self.results()
+        for there, new in zip(self.memory, results):
+            there.copy_(new)
+        for p, gradient in zip(self.parameters, kept):
+            p.grad = gradient
+
+    def results(self):
+        output = self.function(*self.inputs)
+        return [output, *(p.grad for p in self.parameters)]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """-> make(function, parameters): recorded() as on CUDA, but by FakeGraph; recording fails where function.fails is set."""
+
+    def make(function, parameters):
+        recording, calls = [], []
+
+        def noted(*tensors):
+            output = function(*tensors)
+            calls.append(len(recording) > 0)
+            if recording:
+                graph = recording[-1]
+                graph.function, graph.inputs, graph.parameters = function, tensors, parameters
+                graph.memory = [output, *(p.grad for p in parameters)]
+                if getattr(function, "fails", False):
+                    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            return output
+
+        @contextlib.contextmanager
+        def graph_context(graph):
+            recording.append(graph)
+            try:
+                yield
+            finally:
+                recording.pop()
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "graph", graph_context)
+        return recorded(noted, "cuda", parameters), calls
+
+    return make
+
+
+def quadratic():
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def gradients(x):
+        w.grad = None
+        loss = (w * x).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    return w, gradients
+
+
+def test_replays_give_what_the_function_gives_for_every_shape_in_any_order(fake_cuda):
+    w, gradients = quadratic()
+    replayed, calls = fake_cuda(gradients, [w])
+    generator = torch.Generator().manual_seed(0)
+    earlier = []
+    for n in [1, 1, 1, 1, 1, 3, 1, 3, 3, 1, 3, 3, 1, 3, 1]:
+        x = torch.randn(n, 2, generator=generator)
+        loss = replayed(x)
+        found = w.grad.clone()
+        assert torch.equal(loss, gradients(x)) and torch.equal(found, w.grad)
+        earlier.append((loss, loss.clone()))
+    assert calls.count(True) == 2 and len(calls) == 2 * (WARM_UP + 1)  # one recording per shape, after the warm-up
+    assert all(torch.equal(loss, then) for loss, then in earlier)  # no replay writes over what was returned before
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning(fake_cuda, capsys):
+    w, gradients = quadratic()
+    gradients.fails = True
+    replayed, _ = fake_cuda(gradients, [w])
+    x = torch.ones(1, 2)
+    assert [replayed(x * k).item() for k in range(1, 8)] == [5.0 * k * k for k in range(1, 8)]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "no CUDA graph" in warnings[0] and "more" not in warnings[0].split("each")[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_other_devices_get_the_function_itself(device):
+    assert recorded(len, device) is len
+
+
+@on_gpu
+def test_unet_step_is_the_same_replayed():
+    assert torch.allclose(trained_unet(replay=False), trained_unet(replay=True), rtol=1e-3)
+
+
+def trained_unet(replay):
+    """Losses and norms of twenty steps with batches of two sizes in turn, and then of the weights."""
+    from diffusion import prediction_loss
+    from training import clip_gradients, make_optimizer, optimizer_step
+    from unet import TimeEmbedding, UNetLatent
+
+    cfg, found = SDConfig(**PRESETS["demo"]), []
+    torch.manual_seed(0)
+    unet, t_ember = UNetLatent(cfg).cuda(), TimeEmbedding(cfg.time_dim).cuda()
+    parameters = [*unet.parameters(), *t_ember.parameters()]
+    optimizer = make_optimizer(parameters, cfg)
+
+    def gradients(z, t, text_emb):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = unet(z, t_ember(t), text_emb)
+        loss = prediction_loss(out, z).mean()
+        loss.backward()
+        return loss.detach(), clip_gradients(optimizer, cfg.max_grad_norm)
+
+    if replay:
+        gradients = recorded(gradients, "cuda", parameters)
+    for step in range(20):
+        n = 8 if step % 3 else 5
+        z = torch.randn(n, *unet.latent_shape, device="cuda")
+        t, text_emb = torch.randint(200, (n,), device="cuda"), torch.randn(n, 12, cfg.text_dim, device="cuda")
+        found += gradients(z, t, text_emb)
+        optimizer_step(optimizer, 1e-3)
+    return torch.stack([*found, *(p.detach().norm() for p in parameters)])
+
+
+@on_gpu
+def test_group_norm_out_of_sums_is_group_norm():
+    from vae import GroupNorm
+
+    torch.manual_seed(0)
+    norm = GroupNorm(8, 32, eps=1e-6).cuda()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (3 + torch.randn(4, 32, 16, 16, device="cuda")).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.allclose(torch.compile(norm, dynamic=False)(x), norm(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_have_the_same_values_in_the_form_that_is_compiled_for_cuda(dtype):
+    from vae import GroupNorm, repeat_pixels
+
+    torch.manual_seed(0)
+    norm = GroupNorm(8, 32, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (3 + torch.randn(4, 32, 6, 5)).to(dtype).contiguous(memory_format=torch.channels_last)
+    precision = 1e-5 if dtype == torch.float32 else 0.03
+    assert torch.allclose(norm.by_sums(x), torch.nn.functional.group_norm(x.float(), 8, norm.weight, norm.bias, 1e-6).to(dtype),
+                          atol=precision, rtol=precision)  # fmt: skip
+    repeated = repeat_pixels(x)
+    assert torch.equal(repeated, torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert repeated.is_contiguous(memory_format=torch.channels_last)
+
+
+@on_gpu
+def test_samples_are_the_same_replayed():
+    """Twelve steps in one go, which replay, and one by one, which do not."""
+    from diffusion import guided_denoiser, make_process, sampling_grid
+    from unet import TimeEmbedding, UNetLatent
+
+    cfg = SDConfig(**PRESETS["demo"])
+    torch.manual_seed(0)
+    unet, t_ember = UNetLatent(cfg).cuda(), TimeEmbedding(cfg.time_dim).cuda()
+    torch.nn.init.normal_(unet.conv_out.weight)
+    process = make_process()
+    t = sampling_grid(process, 12)[0]
+    text_emb = torch.randn(2, 12, cfg.text_dim, device="cuda")
+
+    def denoiser():
+        return guided_denoiser(unet, t_ember, lambda prompts: text_emb[: len(prompts)], ["", ""], process, t, 2.0)
+
+    with torch.no_grad():
+        replayed, z = denoiser(), torch.randn(2, *unet.latent_shape, device="cuda")
+        for i in range(12):
+            expected = denoiser()(z, i)
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(replayed(z, i), expected))
+            z = z + 0.1 * expected[1]
