@@ -16,13 +16,15 @@ WARM_UP = 3  # calls before the recording: libraries and torch.compile choose th
 def recorded(function, device, parameters=()):
     """-> the same function; on CUDA, from its fourth call with tensors of the same shapes on, a replay of its kernels.
 
-    function(*tensors) -> a tensor or a tuple of them. It must do the same at every call: draw nothing at random, read nothing back
-    from the GPU, take nothing from the CPU. parameters: those whose .grad it leaves behind. What cannot be recorded runs
-    as it is, after a warning.
+    function(*tensors) -> a tensor or a tuple of them. It must do the same at every call: draw nothing at random, read
+    nothing back from the GPU, take from outside nothing but weights, which must stay where they are in memory. All calls
+    are under one autocast and one grad mode. parameters: those whose .grad it leaves behind. What cannot be recorded
+    runs as it is, after a warning.
     """
-    if torch.device(device).type != "cuda":
+    device = torch.device(device)
+    if device.type != "cuda":
         return function
-    calls, recordings = Counter(), {}
+    calls, recordings, pool = Counter(), {}, torch.cuda.graph_pool_handle()  # one recording runs at a time
 
     def call(*tensors):
         shapes = tuple((t.shape, t.dtype) for t in tensors)
@@ -30,20 +32,22 @@ def recorded(function, device, parameters=()):
         if calls[shapes] <= WARM_UP:
             return function(*tensors)
         if shapes not in recordings:
-            recordings[shapes] = record(function, tensors, parameters)
+            with torch.cuda.device(device):
+                recordings[shapes] = record(function, tensors, parameters, pool)
         return recordings[shapes](*tensors)
 
     return call
 
 
-def record(function, tensors, parameters):
-    """-> replay(*tensors), for tensors of these shapes."""
-    graph, inputs = torch.cuda.CUDAGraph(), [t.clone() for t in tensors]
+def record(function, tensors, parameters, pool):
+    """-> replay(*tensors), for tensors of these shapes. pool: the memory that the recordings of a function share."""
+    graph, inputs, stream = torch.cuda.CUDAGraph(), [t.clone() for t in tensors], torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             outputs = function(*inputs)
     except RuntimeError as e:
-        why = str(e).strip().splitlines()[0][:200]
+        leave_recording(stream)
+        why = (str(e.__context__ or e).strip().splitlines() or [""])[0][:200]  # ending a failed recording fails too
         print(f"warning: no CUDA graph can be made here ({why}); each step takes longer", file=sys.stderr)
         return function
     gradients = [p.grad for p in parameters]
@@ -57,3 +61,10 @@ def record(function, tensors, parameters):
         return outputs.clone() if isinstance(outputs, torch.Tensor) else tuple(output.clone() for output in outputs)
 
     return replay
+
+
+def leave_recording(stream):
+    """After a recording that failed: back to the stream before it, with a generator that does not take part in it."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())

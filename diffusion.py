@@ -179,6 +179,8 @@ def held_out_losses(unet, t_embedder, text_encoder, z, captions, process, batch_
 
 # ---- Sampling -------------------------------------------------------------------------------------------
 
+RECORD_FROM = 20  # steps on CUDA; to record one takes as long as some ten (an estimate: on an H200 200 were measured)
+
 
 def spaced_timesteps(num_steps, timesteps):
     """`num_steps` of the `timesteps` training steps, evenly spaced, from the last one down -> (num_steps,) int64.
@@ -235,7 +237,9 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
                               guidance_scale, negative_prompt, guidance_interval)  # fmt: skip
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
     z = draw_noise() if start is None else start(draw_noise())
-    return decode(vae, run(denoise, z, a, b, draw_noise))
+    z = run(denoise, z, a, b, draw_noise)
+    del denoise  # and with it what a GPU keeps for it
+    return decode(vae, z)
 
 
 def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, scale=1.0, negative_prompt="",
@@ -257,7 +261,7 @@ def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, scale=1
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
     scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # the times are evenly spaced
     amplitudes = [c.tolist() for c in levels(process, t)]
-    predict = recorded(unet, device)
+    predict = recorded(unet, device) if n >= RECORD_FROM else unet
 
     def denoise(z, i):
         out = guide(predict, z, t_embs[i], cond, uncond, scales[i]).to(z.dtype)

@@ -54,13 +54,14 @@ from training import (
     make_optimizer,
     near,
     optimizer_step,
+    parts_of,
     plot_curves,
     read_csv,
     run_script,
     save_grid,
     seed_step,
     send,
-    shares_of,
+    share_of,
     show_progress,
     take,
     to_float,
@@ -73,7 +74,7 @@ from vae import num_together, reparameterize
 SAMPLES_PER_PROMPT = 2
 ENCODED_TOGETHER = 128  # captions; always the same ones, because another grouping could give other last bits
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
-COMPILE_PAYS = 20_000  # steps on CUDA that win back what compiling takes, as measured on an H200
+COMPILE_PAYS = 20_000  # steps on CUDA that win back what compiling takes, from what both took on an H200
 
 
 def main():
@@ -133,10 +134,10 @@ def main():
         """Leaves the gradients of a batch in the parameters -> its loss, and the gradients' norm."""
         batch_loss = torch.zeros((), device=device)
         optimizer.zero_grad()
-        for mine, weight in shares_of(len(z_t), world, cfg.grad_accumulation):  # what is drawn is of the whole batch
+        for part, weight in parts_of(len(index), world, cfg.grad_accumulation):
             with autocast():
-                out = predict(z_t[mine], embed_t(t[mine]), text_emb[mine])
-            loss = weight * (snr_weights[mine] * prediction_loss(out, target[mine])).mean()
+                out = predict(z_t[part], embed_t(t[part]), text_emb[part])
+            loss = weight * (snr_weights[part] * prediction_loss(out, target[part])).mean()
             loss.backward()
             batch_loss += loss.detach()
         return average_over(batch_loss, world), clip_gradients(optimizer, cfg.max_grad_norm)
@@ -158,8 +159,11 @@ def main():
             noise = torch.randn_like(z)
             rows = drop_captions(choose_captions(first_rows, index), first_rows[-1], cfg.caption_dropout)
             snr_weights = send(min_snr_weights(process, t, cfg.min_snr_gamma), device)
-            z_t, target = add_noise(process, z, t, noise)
-            batch_loss, grad_norm = gradients(z_t, target, send(t, device), embed_captions(rows), snr_weights)
+            mine = share_of(len(index), world)  # what is drawn above is of the whole batch
+            z_t, target = add_noise(process, z[mine], t[mine], noise[mine])
+            batch_loss, grad_norm = gradients(
+                z_t, target, send(t[mine], device), embed_captions(rows[mine]), snr_weights[mine]
+            )
             guard.judge(optimizer, batch_loss, grad_norm, step, run.last_saved)
             optimizer_step(optimizer, lr)
             update_average(average, weights, ema_decay_at(step, cfg))
@@ -251,7 +255,8 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
             progress.update(len(part))
         progress.close()
 
-    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device)}
+    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device),
+           "together": ENCODED_TOGETHER}  # fmt: skip
     shape = (cfg.text_length, cfg.text_dim)
     embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
     embedded = near(embedded, device)

@@ -39,12 +39,13 @@ from training import (
     make_optimizer,
     near,
     optimizer_step,
+    parts_of,
     plot_curves,
     read_csv,
     run_script,
     save_grid,
     seed_step,
-    shares_of,
+    share_of,
     show_progress,
     to_float,
     use_large_pages,
@@ -53,7 +54,7 @@ from vae import AutoencoderKL, draw_transform, held_out_figures, measure_latents
 
 GRID_PICTURES = 8
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of vae_train.csv
-COMPILE_PAYS = 2_200  # steps on CUDA that win back what compiling takes, as measured on an H200
+COMPILE_PAYS = 2_200  # steps on CUDA that win back what compiling takes, from what both took on an H200
 
 
 def main():
@@ -107,10 +108,10 @@ def main():
         """Leaves the gradients of a batch in the parameters -> loss, mse, kl (3,), and the gradients' norm."""
         losses = torch.zeros(3, device=device)
         optimizer.zero_grad()
-        for mine, weight in shares_of(len(x), world, cfg.grad_accumulation):  # what is drawn is of the whole batch
+        for part, weight in parts_of(len(index), world, cfg.grad_accumulation):
             with autocast():
-                mu, log_var, x_hat = autoencode(x[mine], eps[mine], transform)
-            loss, mse, kl = vae_loss(transformed(x[mine], transform), mu.float(), log_var.float(), x_hat.float(),
+                mu, log_var, x_hat = autoencode(x[part], eps[part], transform)
+            loss, mse, kl = vae_loss(transformed(x[part], transform), mu.float(), log_var.float(), x_hat.float(),
                                      cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)  # fmt: skip
             (weight * loss).backward()
             losses += weight * torch.stack([loss, mse, kl]).detach()
@@ -130,8 +131,9 @@ def main():
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
             views = draw_views(len(index), cfg)
             transform = draw_transform(cfg.equivariance)
-            x = to_float(take_views(pixels, index, views, cfg.image_size), device)
-            losses, grad_norm = gradients(x.contiguous(memory_format=conv_layout(device)), eps)
+            mine = share_of(len(index), world)  # what is drawn above is of the whole batch
+            x = to_float(take_views(pixels, index[mine], views[mine], cfg.image_size), device)
+            losses, grad_norm = gradients(x.contiguous(memory_format=conv_layout(device)), eps[mine])
             guard.judge(optimizer, losses[0], grad_norm, step, run.last_saved)
             optimizer_step(optimizer, lr)
             window += losses

@@ -255,16 +255,20 @@ def in_parallel(module, world):
     return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
 
 
-def shares_of(count, world, parts):
-    """The batch of `count` samples as this process computes it, in at most `parts` parts one after the other
-    -> [(slice of the batch, weight of the mean of its losses)].
+def share_of(count, world):
+    """Which samples of a batch of `count` this process computes -> slice; the first, where there is none left for it."""
+    return slice(world.rank, count, world.size) if world.rank < count else slice(0, 1)
+
+
+def parts_of(count, world, parts):
+    """That share in at most `parts` parts, one after the other -> [(slice of the share, weight of the mean of its losses)].
 
     The weighted losses, summed over parts and averaged over processes, are the mean over the batch.
     """
-    mine = range(world.rank, count, world.size)
+    mine = range(len(range(world.rank, count, world.size)))
     parts = min(parts, math.ceil(count / world.size))  # of all processes alike: each part ends in a common reduction
     nothing = slice(0, 1), 0.0  # one sample that counts for nothing, where there is none left
-    return [(slice(part[0], part[-1] + 1, world.size), len(part) * world.size / count) if len(part) else nothing
+    return [(slice(part[0], part[-1] + 1), len(part) * world.size / count) if len(part) else nothing
             for part in np.array_split(mine, parts)]  # fmt: skip
 
 

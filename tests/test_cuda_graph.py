@@ -31,35 +31,56 @@ class FakeGraph:
         return [output, *(p.grad for p in self.parameters)]
 
 
+class FakeGenerator:
+    state = "recording"
+
+    def clone_state(self):
+        return "new"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """-> make(function, parameters): recorded() as on CUDA, but by FakeGraph; recording fails where function.fails is set."""
+    """-> make(function, parameters): recorded() as on CUDA, but by FakeGraph; and what it calls, and where that leaves CUDA.
+
+    Where function.fails is set, its kernels cannot be recorded, and then ending the recording fails too.
+    """
+    cuda = {"stream": "main", "generator": FakeGenerator(), "pools": []}
+
+    @contextlib.contextmanager
+    def graph_context(graph, pool):
+        cuda["pools"].append(pool)
+        cuda["graph"], cuda["stream"] = graph, "side"
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("capture_end") from None
+        finally:
+            cuda.pop("graph")
+        cuda["stream"] = "main"
+
+    for name, value in {"CUDAGraph": FakeGraph, "graph": graph_context, "graph_pool_handle": object,
+                        "device": lambda device: contextlib.nullcontext(), "current_device": lambda: 0,
+                        "current_stream": lambda: cuda["stream"], "set_stream": lambda s: cuda.update(stream=s),
+                        "default_generators": [cuda["generator"]]}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
 
     def make(function, parameters):
-        recording, calls = [], []
+        calls = []
 
         def noted(*tensors):
-            output = function(*tensors)
-            calls.append(len(recording) > 0)
-            if recording:
-                graph = recording[-1]
+            output, graph = function(*tensors), cuda.get("graph")
+            calls.append("recorded" if graph else "run")
+            if graph:
                 graph.function, graph.inputs, graph.parameters = function, tensors, parameters
                 graph.memory = [output, *(p.grad for p in parameters)]
                 if getattr(function, "fails", False):
                     raise RuntimeError("operation not permitted when stream is capturing\nmore")
             return output
 
-        @contextlib.contextmanager
-        def graph_context(graph):
-            recording.append(graph)
-            try:
-                yield
-            finally:
-                recording.pop()
-
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-        monkeypatch.setattr(torch.cuda, "graph", graph_context)
-        return recorded(noted, "cuda", parameters), calls
+        return recorded(noted, "cuda", parameters), calls, cuda
 
     return make
 
@@ -78,7 +99,7 @@ def quadratic():
 
 def test_replays_give_what_the_function_gives_for_every_shape_in_any_order(fake_cuda):
     w, gradients = quadratic()
-    replayed, calls = fake_cuda(gradients, [w])
+    replayed, calls, cuda = fake_cuda(gradients, [w])
     generator = torch.Generator().manual_seed(0)
     earlier = []
     for n in [1, 1, 1, 1, 1, 3, 1, 3, 3, 1, 3, 3, 1, 3, 1]:
@@ -87,18 +108,22 @@ def test_replays_give_what_the_function_gives_for_every_shape_in_any_order(fake_
         found = w.grad.clone()
         assert torch.equal(loss, gradients(x)) and torch.equal(found, w.grad)
         earlier.append((loss, loss.clone()))
-    assert calls.count(True) == 2 and len(calls) == 2 * (WARM_UP + 1)  # one recording per shape, after the warm-up
+    assert (
+        calls.count("recorded") == 2 and calls.count("run") == 2 * WARM_UP
+    )  # one recording per shape, after the warm-up
+    assert len(set(cuda["pools"])) == 1
     assert all(torch.equal(loss, then) for loss, then in earlier)  # no replay writes over what was returned before
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning(fake_cuda, capsys):
+def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning_that_says_why(fake_cuda, capsys):
     w, gradients = quadratic()
     gradients.fails = True
-    replayed, _ = fake_cuda(gradients, [w])
+    replayed, calls, cuda = fake_cuda(gradients, [w])
     x = torch.ones(1, 2)
     assert [replayed(x * k).item() for k in range(1, 8)] == [5.0 * k * k for k in range(1, 8)]
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1 and "no CUDA graph" in warnings[0] and "more" not in warnings[0].split("each")[0]
+    assert calls.count("recorded") == 1 and cuda["stream"] == "main" and cuda["generator"].state == "new"
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "no CUDA graph" in warning and "not permitted" in warning
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
@@ -140,6 +165,16 @@ def trained_unet(replay):
         found += gradients(z, t, text_emb)
         optimizer_step(optimizer, 1e-3)
     return torch.stack([*found, *(p.detach().norm() for p in parameters)])
+
+
+@on_gpu
+def test_a_recording_that_fails_leaves_cuda_usable(capsys):
+    """Reading a number back cannot be recorded. Afterwards random numbers, which a recording takes from elsewhere, go on."""
+    call = recorded(lambda x: x * x.sum().item(), "cuda")
+    for _ in range(WARM_UP + 3):
+        x = torch.randn(3, device="cuda")
+        assert torch.allclose(call(x), x * x.sum())
+    assert capsys.readouterr().err.count("no CUDA graph") == 1
 
 
 @on_gpu

@@ -142,14 +142,16 @@ def test_half_of_a_launchers_environment_is_one_line(tmp_path, run_here, monkeyp
 @pytest.mark.parametrize("count", [1, 4, 5, 7, 9])
 @pytest.mark.parametrize("parts", [1, 3, 4])
 def test_shares_add_up_to_the_mean(processes, count, parts):
-    from training import World, shares_of
+    from training import World, parts_of, share_of
 
     losses = torch.arange(count, dtype=torch.float64) ** 2 + 1
     seen, total, numbers = [], 0.0, set()
     for rank in range(processes):
-        numbers.add(len(shares_of(count, World(rank, processes, torch.device("cpu")), parts)))
-        for mine, weight in shares_of(count, World(rank, processes, torch.device("cpu")), parts):
-            total += losses[mine].mean() * weight / processes
-            seen += range(count)[mine] if weight else []
+        world = World(rank, processes, torch.device("cpu"))
+        mine = share_of(count, world)
+        numbers.add(len(parts_of(count, world, parts)))
+        for part, weight in parts_of(count, world, parts):
+            total += losses[mine][part].mean() * weight / processes
+            seen += range(count)[mine][part] if weight else []
     assert sorted(seen) == list(range(count)) and abs(total - losses.mean()) < 1e-12
     assert len(numbers) == 1  # each part ends in a common reduction, which a process with fewer would miss
