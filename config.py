@@ -222,9 +222,10 @@ class SDConfig:
 # 8 x 8). At 64 pixels the VAE has a level less. At 512 it has a level more, so a latent pixel stands for 16 x 16 pixels
 # instead of 8 x 8, and four times the channels keep the ratio of numbers, 48 pixel values to one, that 4 have at 8 x 8.
 # best is the recipe with what has won on the ladder of RESULTS.md, which was climbed on painted scenes; demo has that too,
-# and is sized for two CPU cores and ten minutes: with one group per GroupNorm the small VAE learns faster. The
-# U-Net's batches could be smaller, but much of a step at this size is what any step costs. A little guidance, because more
-# makes the pictures' mean colours vary more than those of real ones do.
+# and is sized for two CPU cores and a few minutes: with one group per GroupNorm the small VAE learns faster. Much of a step of
+# the U-Net is at this size what any step costs, hence two levels instead of three, and no smaller batches. More scenes
+# instead of more epochs, because to paint them costs less than the end of an epoch. A little guidance, because more makes
+# the pictures' mean colours vary more than those of real ones do.
 WINNERS = {
     "prediction_type": "flow",
     "caption_dropout": 0.1,
@@ -238,19 +239,19 @@ PRESETS = {
     "demo": {
         **WINNERS,
         "dataset": "scenes",
-        "max_images": 4000,
+        "max_images": 8000,
         "held_out_images": 256,
         "image_size": 64,
         "block_out_channels": (16, 32, 64),
         "layers_per_block": 1,
         "norm_num_groups": 1,
-        "unet_block_out_channels": (32, 64, 128),
+        "unet_block_out_channels": (48, 96),
         "unet_norm_num_groups": 8,
-        "time_dim": 128,
+        "time_dim": 192,
         "text_encoder": "hash",
         "text_length": 12,
         "batch_size": 24,
-        "num_epochs": 8,
+        "num_epochs": 3,
         "lr": 1.5e-3,
         "lr_warmup_steps": 20,
         "adam_beta2": 0.99,
@@ -265,7 +266,7 @@ COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0
 VAE_PRESETS = {
     "coco": COCO_VAE,
     "best": COCO_VAE,
-    "demo": {"batch_size": 4, "num_epochs": 2, "lr": 1e-3},
+    "demo": {"batch_size": 4, "num_epochs": 1, "lr": 1e-3},
     "coco64": COCO_VAE,
     # the same activations at a time as at 128 pixels, and as much KL per pixel: it is a sum, where the MSE is a mean
     "coco256": COCO_VAE | {"grad_accumulation": 4, "beta": 2.5e-6},
