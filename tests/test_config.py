@@ -118,7 +118,7 @@ def test_flow_does_not_mind_what_betas_it_does_not_have_would_do():
     (["--seed", "-1"], "--seed"),
     (["--image_size", "100"], "--image_size"),
     (["--norm_num_groups", "7"], "--block_out_channels"),
-    (["--num_heads", "3"], "--unet_block_out_channels"),
+    (["--num_heads", "5"], "--unet_block_out_channels"),
     (["--preset", "coco", "--image_size", "32", "--unet_norm_num_groups", "16", "--unet_block_out_channels", "16", "16", "32",
       "--time_dim", "64"], "--unet_norm_num_groups"),
     (["--preset", "coco", "--image_size", "32", "--unet_norm_num_groups", "224", "--unet_block_out_channels", "224", "224", "224", "--time_dim",
