@@ -328,6 +328,7 @@ training.run_script(train_vae.main)
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(cwd)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.execv(sys.executable, [sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not ready.exists():
