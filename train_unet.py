@@ -72,7 +72,10 @@ from unet import TimeEmbedding, UNetLatent
 from vae import num_together, reparameterize
 
 SAMPLES_PER_PROMPT = 2
-ENCODED_TOGETHER = 128  # captions; always the same ones, because another grouping could give other last bits
+ENCODED_TOGETHER = {
+    "cuda": 128,
+    "other": 32,
+}  # captions; always the same ones: another grouping could give other last bits
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
 COMPILE_PAYS = 20_000  # steps on CUDA that win back what compiling takes, from what both took on an H200
 
@@ -244,21 +247,22 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
     Out of a prepared file, computed once; without --cache_dir computed at each use. Rounded to float16 either way.
     """
     texts = [*(text for several in captions for text in several), ""]
+    together = ENCODED_TOGETHER["cuda" if device.type == "cuda" else "other"]
     if not cfg.cache_dir:
         return lambda rows: text_encoder([texts[i] for i in rows]).half().float()
 
     def encode(first):
         progress = Progress(len(texts), "encode captions", first)
-        parts = (texts[i : i + ENCODED_TOGETHER] for i in range(first, len(texts), ENCODED_TOGETHER))
+        parts = (texts[i : i + together] for i in range(first, len(texts), together))
         for part in fetched_ahead(text_encoder(part).half() for part in parts):
             yield from part.numpy()  # (B, L, text_dim)
             progress.update(len(part))
         progress.close()
 
-    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device),
-           "together": ENCODED_TOGETHER}  # fmt: skip
+    key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device)}
+    key |= {"together": together}
     shape = (cfg.text_length, cfg.text_dim)
-    embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, ENCODED_TOGETHER)
+    embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, together)
     embedded = near(embedded, device)
     return lambda rows: take(embedded, rows, device).float()
 
