@@ -72,10 +72,8 @@ from unet import TimeEmbedding, UNetLatent
 from vae import num_together, reparameterize
 
 SAMPLES_PER_PROMPT = 2
-ENCODED_TOGETHER = {
-    "cuda": 128,
-    "other": 32,
-}  # captions; always the same ones: another grouping could give other last bits
+# captions; always the same ones, because another grouping could give other last bits
+ENCODED_TOGETHER = {"cuda": 128, "other": 32}
 LOG_EVERY = 20  # steps per row, and at the end of an epoch, of unet_train.csv
 COMPILE_PAYS = 20_000  # steps on CUDA that win back what compiling takes, from what both took on an H200
 

@@ -9,7 +9,7 @@ import torch._inductor.config
 from diffusers.training_utils import EMAModel
 
 from config import SDConfig, UserError
-from training import compiled, ema_decay_at, power_of_width, run_script, update_average
+from training import compiled, ema_decay_at, fetched_ahead, power_of_width, run_script, update_average
 from vae import ResnetBlock
 
 
@@ -136,3 +136,17 @@ def test_what_is_compiled_gives_the_same_bits_after_another_shape():
     before = gradients(x)
     gradients(x[:7])
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(x)))
+
+
+def test_each_part_is_handed_out_when_the_next_one_has_been_begun():
+    """All of them, in their order; of none, none."""
+    begun = []
+
+    def parts(count):
+        for i in range(count):
+            begun.append(i)
+            yield torch.full((2,), float(i))
+
+    handed_out = [(part[0].item(), begun[-1]) for part in fetched_ahead(parts(4))]
+    assert handed_out == [(0, 1), (1, 2), (2, 3), (3, 3)]
+    assert list(fetched_ahead(parts(0))) == []
