@@ -266,7 +266,7 @@ COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0
 VAE_PRESETS = {
     "coco": COCO_VAE,
     "best": COCO_VAE,
-    "demo": {"batch_size": 4, "num_epochs": 1, "lr": 1e-3},
+    "demo": {"batch_size": 8, "num_epochs": 1, "lr": 2e-3},
     "coco64": COCO_VAE,
     # the same activations at a time as at 128 pixels, and as much KL per pixel: it is a sum, where the MSE is a mean
     "coco256": COCO_VAE | {"grad_accumulation": 4, "beta": 2.5e-6},
