@@ -23,10 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 
-# the demo as it was when the ladder was climbed: it has more scenes now, and another U-Net
+# the demo as it was when the ladder was climbed: it has more scenes now, another U-Net and other learning rates
 COMMON = ["--preset", "demo", "--held_out_combinations", "48", "--save_minutes", "60", "--max_images", "4000",
-          "--unet_block_out_channels", "32", "64", "128", "--time_dim", "128"]  # fmt: skip
-VAE_AS_CLIMBED, UNET_AS_CLIMBED = "--num_epochs 2 --batch_size 4 --lr 1e-3", "--batch_size 16 --lr 1e-3"
+          "--unet_block_out_channels", "32", "64", "128", "--time_dim", "128", "--lr", "1e-3", "--lr_warmup_steps",
+          "20"]  # fmt: skip
+VAE_AS_CLIMBED, UNET_AS_CLIMBED = "--num_epochs 2 --batch_size 4", "--batch_size 16 --caption_dropout 0.1"
 RECIPE = "--prediction_type epsilon --caption_dropout 0 --guidance_scale 1 --sample_steps 0"
 V_PREDICTION = "--prediction_type v_prediction --scale_betas"
 WITHOUT_EMA = "--no-ema_warmup --ema_decay 0.9999"
