@@ -113,6 +113,8 @@ class SDConfig:
     # sampling; flags of sample.py and evaluate.py come before these
     sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", low=0, high=100_000)
     guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", low=-LARGEST)
+    guidance_interval: tuple[float, ...] = setting((0.0, 1.0), "part of the schedule to guide in, two numbers: 0 is clean, 1 "
+                                                   "pure noise", low=0, high=1)  # fmt: skip
 
     # training
     batch_size: int = setting(32, "pictures per optimizer step", low=1)
@@ -151,6 +153,9 @@ class SDConfig:
         _check(self.guidance_scale == 1 or self.caption_dropout > 0, "guidance_scale",
                "has nothing to compare with, unless captions are dropped in training",
                "give --caption_dropout too, or --guidance_scale 1")  # fmt: skip
+        low_high = self.guidance_interval
+        _check(len(low_high) == 2 and low_high[0] <= low_high[1], "guidance_interval",
+               f"{' '.join(map(str, low_high))} is no interval", "give two rising numbers in 0 to 1")  # fmt: skip
         _check(self.ema_sigma_rel == 0 or self.ema_sigma_rel >= 0.01, "ema_sigma_rel",
                f"{self.ema_sigma_rel} is out of range", "give 0.01 to 0.28, or 0")  # fmt: skip
         _check(not (self.ema_warmup and self.ema_sigma_rel), "ema_sigma_rel", "has a warm-up of its own",

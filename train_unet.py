@@ -283,7 +283,8 @@ def show_samples(models, process, autocast, cfg, path):
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
     with autocast():
         images = sample(*models, prompts, cfg.sample_steps or cfg.timesteps, len(prompts), process=process,
-                        guidance_scale=cfg.guidance_scale, seeds=list(range(len(prompts))))  # fmt: skip
+                        guidance_scale=cfg.guidance_scale, guidance_interval=cfg.guidance_interval,
+                        seeds=list(range(len(prompts))))  # fmt: skip
     save_grid(path, images, columns=SAMPLES_PER_PROMPT)
 
 

@@ -613,8 +613,8 @@ def add_sampling_flags(parser):
     parser.add_argument("--eta", type=float, default=0.0, help="randomness of ddim, 0 to 1 (default: 0)")
     parser.add_argument("--guidance_scale", type=float, help="how much the prompt is exaggerated; 1 = not; needs a "
                         "U-Net trained with --caption_dropout (default: the run's guidance_scale)")  # fmt: skip
-    parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="part of the schedule to guide in: 0 is clean, 1 pure noise (default: 0 1)")  # fmt: skip
+    parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="part of the schedule to "
+                        "guide in: 0 is clean, 1 pure noise (default: the run's guidance_interval)")  # fmt: skip
     parser.add_argument(
         "--negative_prompt", default="", help="what guidance leads away from (default: the empty caption)"
     )
@@ -627,7 +627,7 @@ def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
     steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
     guidance_scale = cfg.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    low, high = args.guidance_interval
+    low, high = args.guidance_interval or cfg.guidance_interval
     checks = (
         (flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}"),
         (0 <= args.eta <= (args.sampler == "ddim"), "eta", f"{args.eta} is out of range; give 0 to 1, and --sampler ddim"),

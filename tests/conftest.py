@@ -31,7 +31,7 @@ TINY = {
     "unet_block_out_channels": (16, 32), "time_dim": 64, "text_length": 12,
     "batch_size": 8, "num_epochs": 2, "num_workers": 0, "timesteps": 20, "lr": 1e-3, "cache_dir": "",
     "prediction_type": "epsilon", "caption_dropout": 0.0, "sample_steps": 0, "guidance_scale": 1.0,
-    "ema_decay": 0.99, "ema_warmup": False,
+    "guidance_interval": (0.0, 1.0), "ema_decay": 0.99, "ema_warmup": False,
 }  # fmt: skip
 
 

@@ -27,7 +27,8 @@ import evaluate  # noqa: E402
 COMMON = ["--preset", "demo", "--held_out_combinations", "48", "--save_minutes", "60", "--max_images", "4000",
           "--unet_block_out_channels", "32", "64", "128", "--time_dim", "128", "--lr", "1e-3", "--lr_warmup_steps",
           "20"]  # fmt: skip
-VAE_AS_CLIMBED, UNET_AS_CLIMBED = "--num_epochs 2 --batch_size 4", "--batch_size 16 --caption_dropout 0.1"
+VAE_AS_CLIMBED = "--num_epochs 2 --batch_size 4"
+UNET_AS_CLIMBED = "--batch_size 16 --caption_dropout 0.1 --guidance_interval 0 1"
 RECIPE = "--prediction_type epsilon --caption_dropout 0 --guidance_scale 1 --sample_steps 0"
 V_PREDICTION = "--prediction_type v_prediction --scale_betas"
 WITHOUT_EMA = "--no-ema_warmup --ema_decay 0.9999"

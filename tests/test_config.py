@@ -156,6 +156,8 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     ({"prediction_type": "v_prediction", "min_snr_gamma": 5.0}, "--min_snr_gamma: .*epsilon"),
     ({"flow_times": "uniform"}, "--flow_times: .*--prediction_type flow"),
     ({"guidance_scale": 2.0}, "--guidance_scale: .*--caption_dropout"), ({"sample_steps": 201}, "--sample_steps: .*200"),
+    ({"guidance_interval": (0.8, 0.2)}, "--guidance_interval: 0.8 0.2 .*rising"),
+    ({"guidance_interval": (0.8,)}, "--guidance_interval: .*two"), ({"guidance_interval": (0.0, 1.1)}, "--guidance_interval"),
     (PRESETS["demo"] | {"beta_end": 0.1}, "--beta_end: .*--prediction_type epsilon"),
     (PRESETS["demo"] | {"caption_dropout": 0.0}, "--guidance_scale: .*--guidance_scale 1"),
     ({"caption_dropout": 1.5}, "--caption_dropout"), ({"ema_sigma_rel": 1e-160}, "--ema_sigma_rel"),

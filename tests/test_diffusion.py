@@ -3,7 +3,9 @@
 The samplers have their own file, test_samplers.py.
 """
 
+import contextlib
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +217,16 @@ def test_an_image_depends_on_its_seed_not_on_its_batch(models):
     batch = sample(*models, ["a cat", "a red bus", "a dog"], 5, 3, process=make_process("epsilon", 20), seeds=[3, 7, 9])
     assert (alone[0] - batch[1]).abs().max() < 1e-5
     assert (batch[0] - batch[1]).abs().max() > 1e-3
+
+
+def test_the_samples_of_an_epoch_are_guided_as_the_settings_say(models, tiny, tmp_path):
+    """An interval without a step is no guidance, one with some steps is neither that nor all of it."""
+    guided, found = {"guidance_scale": 5.0, "caption_dropout": 0.1}, []
+    for settings in ({}, *(guided | {"guidance_interval": (0.0, high)} for high in (0.0, 0.5, 1.0))):
+        cfg = replace(tiny, sample_prompts=("a red bus",), sample_steps=4, **settings)
+        train_unet.show_samples(models, configured_process(cfg), contextlib.nullcontext, cfg, tmp_path / "grid.png")
+        found.append((tmp_path / "grid.png").read_bytes())
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_samples_are_pictures(models, tiny):

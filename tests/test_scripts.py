@@ -249,6 +249,13 @@ def test_the_fitted_start_is_refused_where_it_is_too_large_or_no_other(capsys):
         assert "--start" in capsys.readouterr().err
 
 
+def test_the_interval_of_guidance_is_the_runs_unless_a_flag_says_otherwise():
+    parser, cfg = Parser(), SDConfig(caption_dropout=0.1, guidance_scale=2.0, guidance_interval=(0.1, 0.6))
+    add_sampling_flags(parser)
+    assert sampling_options(parser.parse_args([]), cfg)["guidance_interval"] == (0.1, 0.6)
+    assert sampling_options(parser.parse_args(["--guidance_interval", "0", "0"]), cfg)["guidance_interval"] == (0, 0)
+
+
 def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
     command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path]
     result = run_here("sample.py", *command, "--prompt", "a red bus, a kitten", "--prompt", "A blue house at night",
