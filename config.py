@@ -229,13 +229,15 @@ class SDConfig:
 # best is the recipe with what has won on the ladder of RESULTS.md, which was climbed on painted scenes; demo has that too,
 # and is sized for two CPU cores and a few minutes: with one group per GroupNorm the small VAE learns faster. Much of a step of
 # the U-Net is at this size what any step costs, hence two levels instead of three, and no smaller batches. More scenes
-# instead of more epochs, because to paint them costs less than the end of an epoch. A little guidance, because more makes
-# the pictures' mean colours vary more than those of real ones do; half of the usual dropped captions are enough for it.
+# instead of more epochs, because to paint them costs less than the end of an epoch. No guidance in the first steps, which
+# settle a picture's mean colours: there it makes them vary more than those of real ones do. Half of the usual dropped
+# captions are enough for it.
 WINNERS = {
     "prediction_type": "flow",
     "caption_dropout": 0.1,
     "sample_steps": 50,
-    "guidance_scale": 1.25,
+    "guidance_scale": 2.0,
+    "guidance_interval": (0.0, 0.7),
     "ema_warmup": True,
 }
 PRESETS = {
