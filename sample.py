@@ -150,8 +150,10 @@ def parameters(prompt, options, seed, image, model_name):
     lines = [" ".join(prompt.split())]
     if options["negative_prompt"]:
         lines.append(f"Negative prompt: {' '.join(options['negative_prompt'].split())}")
-    extra = [f", {what}: {options[key]}" for what, key, usual in (
-        ("Eta", "eta", 0.0), ("Guidance interval", "guidance_interval", (0.0, 1.0))) if options[key] != usual]  # fmt: skip
+    low, high = options["guidance_interval"]
+    guided_in_part = options["guidance_scale"] != 1 and (low, high) != (0, 1)
+    extra = [f", Eta: {options['eta']}"] if options["eta"] else []
+    extra += [f", Guidance interval: {low:g} to {high:g}"] if guided_in_part else []  # a comma would end the entry
     extra += [", Start: fitted"] if "start" in options else []
     lines.append(f"Steps: {options['num_steps']}, Sampler: {options['sampler'].upper()}, CFG scale: "
                  f"{options['guidance_scale']:g}, Seed: {seed}, Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}"

@@ -208,7 +208,8 @@ def test_guidance_negative_prompt_sampler_and_start_change_the_picture_and_are_w
 ):
     flag_sets = {
         "plain": [], "guided": ["--guidance_scale", 5], "negative": ["--guidance_scale", 5, "--negative_prompt", "a dog"],
-        "never": ["--guidance_scale", 5, "--guidance_interval", 0, 0], "ddim": ["--sampler", "ddim"],
+        "never": ["--guidance_scale", 5, "--guidance_interval", 0, 0],
+        "partly": ["--guidance_scale", 5, "--guidance_interval", 0, 0.5], "ddim": ["--sampler", "ddim"],
         "2m": ["--sampler", "dpmpp_2m"], "eta": ["--sampler", "ddim", "--eta", 1], "fitted": ["--start", "fitted"],
     }  # fmt: skip
     found = {k: pixels_of(run_here, tiny_run, tmp_path / k, "--steps", 5, *v) for k, v in flag_sets.items()}
@@ -218,6 +219,8 @@ def test_guidance_negative_prompt_sampler_and_start_change_the_picture_and_are_w
     for a, b in itertools.combinations(different, 2):
         assert (pixels[a] != pixels[b]).any(), (a, b)
     assert "Eta: 1" in found["eta"][1] and "Start: fitted" in found["fitted"][1]
+    assert "Guidance interval: 0 to 0.5" in found["partly"][1]
+    assert "interval" not in found["plain"][1] + found["guided"][1]
     assert "CFG scale: 5" in found["guided"][1] and "Sampler: DPMPP_2M" in found["2m"][1]
     assert found["negative"][1].splitlines()[1] == "Negative prompt: a dog"
 
