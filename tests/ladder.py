@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 
-# the demo as it was when the ladder was climbed: it has more scenes now, another U-Net and other learning rates
+# the demo as it was when the ladder was climbed: it has more scenes now, another U-Net, other learning rates and guidance
 COMMON = ["--preset", "demo", "--held_out_combinations", "48", "--save_minutes", "60", "--max_images", "4000",
           "--unet_block_out_channels", "32", "64", "128", "--time_dim", "128", "--lr", "1e-3", "--lr_warmup_steps",
           "20"]  # fmt: skip
