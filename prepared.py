@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 import zlib
 
 import numpy as np
@@ -61,8 +62,22 @@ def prepare(folder, name, key, row_shape, dtype, count, rows, together=1, still_
     if len(bad) == count:
         return torch.empty(0, *row_shape), bad
     print(f"{name}: {path}")
-    # copy-on-write, because PyTorch wants memory that it might write to
-    return torch.from_numpy(np.memmap(path, dtype, "c", shape=(count - len(bad), *row_shape))), bad
+    return mapped(path, dtype, (count - len(bad), *row_shape)), bad
+
+
+def mapped(path, dtype, shape):
+    """A file as a tensor that nobody may write to; UserError if it cannot be mapped.
+
+    Read-only and not copy-on-write, of which Linux would not map more than there is memory for.
+    """
+    try:
+        array = np.memmap(path, dtype, "r", shape=shape)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be mapped into memory ({e.strerror}); raise the limit on address space "
+                        "(ulimit -v), or give fewer --max_images") from None  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def in_memory(row_shape, dtype, count, rows):

@@ -1,6 +1,7 @@
 """Promises of prepared.py: computed once, the same as computed anew, never half, never of something else."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ import torch
 from conftest import ROOT, TINY, assert_one_line_error, flags
 from test_data import picture
 
-from config import SDConfig
+from config import SDConfig, UserError
 from data import folder_records, open_dataset, read_pictures, read_rgb
-from prepared import prepare
+from prepared import mapped, prepare
 from training import show_progress
 
 COUNT = 10
@@ -308,7 +310,7 @@ def test_prepared_arrays_take_no_memory_of_their_own(tmp_path):
     """300 MB read in batches in random order: what grows is page cache, which the system can take back."""
     code = """
 import sys, numpy as np, torch
-from prepared import prepare
+from prepared import mapped, prepare
 def own(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
 rows = lambda first: (np.full((3, 128, 128), i % 256, np.uint8) for i in range(first, 6000))
 x, _ = prepare(sys.argv[1], "p", {}, (3, 128, 128), np.uint8, 6000, rows)
@@ -319,3 +321,25 @@ print(own() - before)
 """
     out = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert float(out.stdout.splitlines()[-1]) < 60, out.stdout + out.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/meminfo")
+def test_a_prepared_file_may_be_larger_than_the_memory(tmp_path):
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    memory = sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal", "SwapTotal")))
+    path = tmp_path / "sparse"
+    with open(path, "wb") as f:
+        f.truncate(2 * memory)
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\7")
+    rows = mapped(path, np.uint8, (2 * memory // 64, 64))
+    assert rows[-1, -1] == 7 and rows[0, 0] == 0
+
+
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(UserError, match="rows-.*: cannot be mapped into memory"):
+        make(tmp_path, Rows())
