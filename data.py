@@ -39,7 +39,7 @@ import download
 import scenes
 from checkpoint import newest_epoch_set
 from config import Parser, SDConfig, UserError, positive_int, printable
-from prepared import prepare
+from prepared import code_of, prepare
 from scenes import make_scene, paint, split_combinations
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that a file from outside gets to see
@@ -74,7 +74,7 @@ class Pictures(Dataset):
         return len(self.names)
 
     def key(self):
-        """What the arrays depend on: the files, known by name, size and times of change, and how they are made square."""
+        """What the arrays depend on: the files, known by name, size and times of change, and the code that makes them square."""
         files = hashlib.sha256()
         for path in self.names:
             try:
@@ -83,7 +83,8 @@ class Pictures(Dataset):
             except (OSError, ValueError):
                 seen = (os.path.basename(path), None)
             files.update(repr(seen).encode())
-        return {"files": files.hexdigest(), "square": "centre, bicubic", "pillow": PIL.__version__}
+        code = code_of(read_square, read_rgb, to_rgb, to_array)
+        return {"files": files.hexdigest(), "code": code, "pillow": PIL.__version__}
 
     def __getitem__(self, i):
         try:
@@ -113,10 +114,8 @@ class Scenes(Dataset):
 
     def key(self):
         """What the arrays depend on, the painter itself included."""
-        with open(scenes.__file__, "rb") as f:
-            painter = hashlib.file_digest(f, "sha256").hexdigest()
         allowed = "all" if self.combinations is None else fingerprint(sorted(self.combinations))
-        return {"series": self.series, "combinations": allowed, "painter": painter, "pillow": PIL.__version__}
+        return {"series": self.series, "combinations": allowed, "painter": code_of(scenes), "pillow": PIL.__version__}
 
     def __getitem__(self, i):
         return to_array(paint(self.scene(i), self.image_size))

@@ -11,6 +11,7 @@ and a file that is not what its manifest says is made again, never used.
 import contextlib
 import errno
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -78,6 +79,11 @@ def mapped(path, dtype, shape):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def code_of(*objects):
+    """SHA-256 of the source of functions, classes or modules, for a key: rows that older code has made are not used."""
+    return hashlib.sha256("".join(map(inspect.getsource, objects)).encode()).hexdigest()
 
 
 def in_memory(row_shape, dtype, count, rows):

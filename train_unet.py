@@ -17,6 +17,7 @@ import os
 import numpy as np
 import torch
 
+import vae as vae_code
 from checkpoint import Run, load_vae
 from config import parse_training_args
 from cuda_graph import recorded
@@ -31,7 +32,7 @@ from diffusion import (
     prediction_loss,
     sample,
 )
-from prepared import prepare
+from prepared import code_of, prepare
 from text_encoder import make_text_encoder
 from training import (
     FiniteGuard,
@@ -215,7 +216,8 @@ def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
             progress.update(len(part))
         progress.close()
 
-    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "machine": last_bits_of(about, device)}
+    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "code": code_of(vae_code)}
+    key |= {"machine": last_bits_of(about, device)}
     key |= {"mirrored": True} if mirrored else {}
     shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     latents, _ = prepare(cfg.cache_dir, "latents", key, shape, np.float32, len(pixels), rows, together)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -17,10 +18,13 @@ import torch
 from conftest import ROOT, TINY, assert_one_line_error, flags
 from test_data import picture
 
+import data
+import train_unet
 from config import SDConfig, UserError
-from data import folder_records, open_dataset, read_pictures, read_rgb
+from data import Pictures, folder_records, open_dataset, read_pictures, read_rgb
 from prepared import mapped, prepare
 from training import show_progress
+from vae import AutoencoderKL
 
 COUNT = 10
 
@@ -343,3 +347,21 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "memmap", refuse)
     with pytest.raises(UserError, match="rows-.*: cannot be mapped into memory"):
         make(tmp_path, Rows())
+
+
+def test_pictures_and_latents_that_older_code_has_made_are_not_used(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    pictures = Pictures([(str(tmp_path / "a.png"), ["a picture"])], 16, {str(tmp_path)})
+    cfg = SDConfig(**TINY | {"cache_dir": str(tmp_path / "prepared")})
+    vae, about = AutoencoderKL(cfg), {"made_from": "a test", "machine": {}}
+    pixels = torch.zeros(2, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
+
+    def latent_files():
+        train_unet.encode_all(vae, pixels, about, torch.device("cpu"), cfg, "encode")
+        return len(list((tmp_path / "prepared").glob("latents-*.json")))
+
+    key = pictures.key()
+    assert pictures.key() == key and latent_files() == latent_files() == 1
+    monkeypatch.setattr(data, "to_rgb", lambda picture: picture.convert("L").convert("RGB"))
+    monkeypatch.setattr(train_unet, "vae_code", statistics)  # any other module's source
+    assert pictures.key() != key and latent_files() == 2
