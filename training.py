@@ -391,7 +391,8 @@ class FiniteGuard:
     """Keeps the weights from a step whose loss or gradient is NaN or infinite, and names the first such step.
 
     On CUDA nothing waits for the device: the optimizer's own kernel leaves such a step out, and check() looks at all
-    steps since the last look at once. Elsewhere judge() looks at once; waiting costs nothing there.
+    steps since the last look at once. Elsewhere judge() looks at once: on a CPU that costs nothing, on MPS it waits for
+    the step.
     """
 
     def __init__(self, device):
