@@ -258,9 +258,8 @@ PRESETS = {
         "time_dim": 192,
         "text_encoder": "hash",
         "text_length": 12,
-        "batch_size": 24,
         "num_epochs": 3,
-        "lr": 2e-3,
+        "lr": 2.3e-3,
         "lr_warmup_steps": 60,
         "caption_dropout": 0.05,
         "adam_beta2": 0.99,
@@ -275,7 +274,7 @@ COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0
 VAE_PRESETS = {
     "coco": COCO_VAE,
     "best": COCO_VAE,
-    "demo": {"batch_size": 8, "num_epochs": 1},
+    "demo": {"batch_size": 8, "num_epochs": 1, "lr": 2e-3},
     "coco64": COCO_VAE,
     # the same activations at a time as at 128 pixels, and as much KL per pixel: it is a sum, where the MSE is a mean
     "coco256": COCO_VAE | {"grad_accumulation": 4, "beta": 2.5e-6},
