@@ -8,8 +8,9 @@ Both sides do the same work with the same weights and take turns, so that a busy
 that of the medians. "eager" is diffusers as most would run it (fp32, Adam); "tuned" has the precision of our trainers,
 fused Adam and channels_last, and once more the usual layout where ours has that. On a GPU our steps are timed as they
 come: without the CUDA graph that the trainers record, and, but for `compile`, not compiled. Utilisation is the step's
-operations (torch's counter) over what a large matrix product reaches in the same precision in the same run. growth is time per picture at three sizes of a data set or
-of an order of pictures. What it is not: a test. Times depend on the machine; nothing here fails.
+operations (torch's counter) over what a large matrix product reaches in the same precision in the same run. growth is
+time per picture at three sizes of a data set or of an order of pictures. What it is not: a test. Times depend on the
+machine; nothing here fails.
 """
 
 import argparse

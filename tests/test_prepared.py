@@ -314,7 +314,7 @@ def test_prepared_arrays_take_no_memory_of_their_own(tmp_path):
     """300 MB read in batches in random order: what grows is page cache, which the system can take back."""
     code = """
 import sys, numpy as np, torch
-from prepared import mapped, prepare
+from prepared import prepare
 def own(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
 rows = lambda first: (np.full((3, 128, 128), i % 256, np.uint8) for i in range(first, 6000))
 x, _ = prepare(sys.argv[1], "p", {}, (3, 128, 128), np.uint8, 6000, rows)
