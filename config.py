@@ -143,7 +143,7 @@ class SDConfig:
     sample_prompts: tuple[str, ...] = setting(
         ("a dog on the grass", "a red sports car"), "prompts of the sample grid of each epoch"
     )
-    seed: int = setting(0, "seed of everything that is random", low=0, high=2**63 - 1)
+    seed: int = setting(0, "seed of everything that is random", low=0, high=2**32 - 1)
 
     def __post_init__(self):
         for f in fields(self):

@@ -42,7 +42,7 @@ from training import (
 IMAGES_PER_BATCH = 32
 GRID_PICTURES = 100
 FITTED_PICTURES = 8192  # training pictures that --start fitted looks at
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1  # of a seed PyTorch's generator on the CPU uses so much
 READ_BY_EXPORT = ("export", "run_dir", "ema", "text_encoder")
 
 
