@@ -9,6 +9,8 @@ on seed + k alone. Each PNG carries prompt and settings in its `parameters` text
 What it is not: no schedule, no model and no sampling formula is here; they come from the run directory and diffusion.py.
 """
 
+import contextlib
+import itertools
 import math
 import os
 import re
@@ -68,6 +70,8 @@ def main():
     process = configured_process(cfg)
     if args.start == "fitted":
         pixels = read_pictures_of(run_dir, cfg, args.data_root, show_progress)[0]
+        if len(pixels) < 2:
+            raise UserError("--start: fitted needs the variance of two training pictures or more; leave it out")
         options["start"] = fitted_start(*latent_statistics(vae, pixels, cfg, device), process)
     if args.size:
         options["size"] = check_size(args.size, vae, unet)
@@ -166,11 +170,20 @@ def save_png(folder, prompt, ending, image, text):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text.encode("utf-8", "replace").decode())
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
-    number = 1
-    while os.path.exists(path := os.path.join(folder, f"{slug}_{ending}{f'_{number}' if number > 1 else ''}.png")):
-        number += 1
+    path = free_name(os.path.join(folder, f"{slug}_{ending}"))
     write_file(path, png_bytes(image, pnginfo=info))
     return path
+
+
+def free_name(stem):
+    """A path that is not taken. Its .tmp, where write_file() writes, is made here: another sample.py takes another name."""
+    for number in itertools.count(1):
+        path = f"{stem}{f'_{number}' if number > 1 else ''}.png"
+        with contextlib.suppress(FileExistsError):
+            open(f"{path}.tmp", "xb").close()
+            if not os.path.exists(path):
+                return path
+            os.remove(f"{path}.tmp")
 
 
 if __name__ == "__main__":

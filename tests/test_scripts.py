@@ -3,10 +3,12 @@
 import csv
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import evaluate
 from checkpoint import load_models
 from config import Parser, SDConfig
 from diffusion import baab, sample
+from sample import save_png
 from text_encoder import WordHashTextEncoder
 from training import add_sampling_flags, sampling_options
 from unet import TimeEmbedding, UNetLatent
@@ -344,6 +347,16 @@ def test_other_processes_train_sample_and_are_measured(tmp_path, run_here, monke
     assert figures["denoising"]["white"]["ratio"] > 0.5
 
 
+def test_pictures_of_several_samplers_never_get_one_name(tmp_path):
+    """Eight threads stand for as many sample.py with one prompt and one seed."""
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(
+            threads.map(lambda i: save_png(tmp_path, "x", "seed0", torch.full((3, 1, 1), i / 255), ""), range(200))
+        )
+    assert [np.asarray(Image.open(path))[0, 0, 0] for path in paths] == list(range(200))
+    assert len(os.listdir(tmp_path)) == 200
+
+
 def test_odd_prompts_become_tame_file_names(tiny_run, tmp_path, run_here):
     prompts = ["../../etc/passwd", "\x1b[31mred\n", ""]
     result = run_here("sample.py", "--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path / "out",
@@ -362,6 +375,15 @@ def test_odd_prompts_become_tame_file_names(tiny_run, tmp_path, run_here):
 ])  # fmt: skip
 def test_sample_refuses_values_out_of_range(tiny_run, argv, word, run_here):
     assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)
+
+
+def test_the_variance_of_one_training_picture_is_asked_for_in_vain(tmp_path, run_here):
+    for script in ("train_vae.py", "train_unet.py"):
+        command = ["--preset", "demo", "--run_dir", "run", *flags(TINY | {"max_images": 1, "prediction_type": "epsilon"})]
+        assert run_here(script, *command, "--max_steps", 1, cwd=tmp_path).returncode == 0
+    fitted = run_here("sample.py", "--run_dir", "run", "--prompt", "x", "--start", "fitted", cwd=tmp_path)
+    assert_one_line_error(fitted, 1, "--start", "two training pictures")
+    assert_one_line_error(run_here("evaluate.py", "--run_dir", "run", cwd=tmp_path), 1, "trained on one picture")
 
 
 def test_what_is_missing_names_the_command_that_makes_it(tmp_path, tiny_run, run_here):
