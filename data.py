@@ -378,7 +378,7 @@ def sidecar_records(folder):
                 raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
             try:
                 refuse_stray(captions_file, {os.path.realpath(folder)})
-            except OSError as e:
+            except (OSError, ValueError) as e:  # ValueError: a link to another drive, on Windows
                 raise UserError(f"{captions_file}: {e}; replace it by the file itself") from None
             captions = [clean_caption(line) for line in read_lines(captions_file) if line.strip()]
             records[os.path.join(folder, name)] = captions or [""]
@@ -463,7 +463,10 @@ def report_bad(bad, total, skip):
 
 
 def fingerprint(*parts):
-    """SHA-256 of tensors and lists of captions: the same if and only if a training would see the same."""
+    """SHA-256 of tensors and lists: the same if and only if a training would see the same.
+
+    Between two tensors there must be a list, or a row could go from one to the other unseen.
+    """
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.numpy() if isinstance(part, torch.Tensor) else json.dumps(part).encode())

@@ -76,7 +76,7 @@ def main():
     with first_alone(world):
         pixels, _ = read_pictures(train_set, cfg, show_progress("read training pictures"))
         held_out, _ = read_pictures(held_out_set, cfg, show_progress("read held-out pictures"))
-    run.about["data"] = fingerprint(pixels, held_out)
+    run.about["data"] = fingerprint(pixels, [len(pixels), len(held_out)], held_out)
     pixels = near(pixels, device)
 
     # ---- Model ----

@@ -13,8 +13,11 @@ import time
 import pytest
 import torch
 from conftest import TINY, assert_one_line_error, flags
+from PIL import Image
 
-from training import SAME_SIGNAL, SIGNALS, Interrupts, run_script
+from config import SDConfig
+from data import open_dataset, read_pictures
+from training import SAME_SIGNAL, SIGNALS, Interrupts, run_script, show_progress
 
 SMALL = TINY | {"max_images": 12, "held_out_images": 4, "batch_size": 4, "timesteps": 4, "save_minutes": 0,
                 "block_out_channels": (8, 8), "unet_block_out_channels": (8, 16), "time_dim": 32, "image_size": 16,
@@ -253,14 +256,17 @@ def test_a_set_of_another_run_is_refused(begin, fork):
     assert_one_line_error(changed, 1, "lr was 0.001, now 0.5", "batch_size was 4, now 2", "--overwrite")
 
 
-def test_changed_data_is_refused(tmp_path, fork):
-    from PIL import Image
-
-    (tmp_path / "mine/images").mkdir(parents=True)
+def pictures_of_mine(folder):
+    """Twenty pictures and captions of a user's own -> the settings of a run on them."""
+    (folder / "mine/images").mkdir(parents=True)
     for i in range(20):
-        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(tmp_path / f"mine/images/{i}.png")
-        (tmp_path / f"mine/images/{i}.txt").write_text(f"red {i}")
-    mine = SMALL | {"dataset": "folder", "data_root": "mine", "max_images": 100}
+        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(folder / f"mine/images/{i}.png")
+        (folder / f"mine/images/{i}.txt").write_text(f"red {i}")
+    return SMALL | {"dataset": "folder", "data_root": "mine", "max_images": 100}
+
+
+def test_changed_data_is_refused(tmp_path, fork):
+    mine = pictures_of_mine(tmp_path)
     assert fork(*command("vae", mine), cwd=tmp_path).wait().returncode == 0
     at_two = {"signal_at_step": (signal.SIGINT, 2)}
     assert fork(*command("unet", mine), cwd=tmp_path, inject=at_two).wait().returncode == 130
@@ -268,6 +274,25 @@ def test_changed_data_is_refused(tmp_path, fork):
     assert_one_line_error(fork(*command("unet", mine), cwd=tmp_path).wait(), 1, "captions are others", "--overwrite")
     (tmp_path / "mine/images/3.txt").write_text("red 3")
     assert fork(*command("unet", mine), cwd=tmp_path).wait().returncode == 0
+
+
+def test_a_held_out_picture_that_would_be_trained_on_is_refused(tmp_path, fork):
+    """One of 20 cannot be read and is skipped; without it there are fewer to hold out, and the same to read in all."""
+    mine = pictures_of_mine(tmp_path) | {"skip_bad": True}
+    order = sorted((tmp_path / "mine/images").glob("*.png"))
+    for bad in order:  # one of the training pictures: of those held out, others come first
+        whole = bad.read_bytes()
+        bad.write_bytes(b"no picture")
+        cfg = SDConfig(**mine | {"data_root": str(tmp_path / "mine"), "cache_dir": ""})
+        read = [len(read_pictures(s, cfg, show_progress(""))[0]) for s in open_dataset(cfg)]
+        if read == [17, 2]:
+            break
+        bad.write_bytes(whole)
+    at_two = {"signal_at_step": (signal.SIGINT, 2)}
+    assert fork(*command("vae", mine), cwd=tmp_path, inject=at_two).wait().returncode == 130
+    bad.unlink()
+    bad.with_suffix(".txt").unlink()
+    assert_one_line_error(fork(*command("vae", mine), cwd=tmp_path).wait(), 1, "pictures or their captions are others")
 
 
 def test_a_vae_trained_again_is_refused(begin, fork):
