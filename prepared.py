@@ -120,6 +120,7 @@ def build(path, key, row_bytes, count, rows, together, still_bad):
             if shutil.disk_usage(os.path.dirname(path) or ".").free < (count - done) * row_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # said now rather than hours later
             append(f, notes, numbered(rows, done, count), bad)
+            check_size(part, f, (count - len(bad)) * row_bytes)
         # hashed before it has its name: the manifest follows at once, and without it the file would be worth nothing
         manifest = {"key": key, "bad": {str(i): why for i, why in bad.items()}, "content": file_sha256(part)}
         manifest["sha256"] = own_hash(manifest)
@@ -153,16 +154,26 @@ def append(f, notes, rows, bad):
         why = row if isinstance(row, str) else None
         data = np.ascontiguousarray(row) if why is None else b""
         f.write(data)
-        notes.write(json.dumps([zlib.crc32(data), why]) + "\n")
+        notes.write(json.dumps([zlib.crc32(data, number), why]) + "\n")
         if why is not None:
             bad[number] = why
     f.flush()
     os.fsync(f.fileno())
 
 
+def check_size(part, f, size):
+    """UserError if the file holds not just what was written: where locks do not hold, two builds end up in one file."""
+    written = os.fstat(f.fileno())
+    if written.st_size != size or not os.path.samestat(written, os.stat(part)):
+        raise UserError(f"{part}: was written to or removed while it was made; let no two runs use a --cache_dir at once on "
+                        "this file system, then give the same command again")  # fmt: skip
+
+
 def whole_rows(f, notes, row_bytes, together, still_bad):
     """What a stopped build left: rows count as far as the log has a line with their checksum, and those that could not
     be had still cannot -> {bad row: why}, number.
+
+    A checksum begins with the row's number, so that rows which two builds have written in turns do not pass.
 
     Both files are cut there. A row and its line reach the disk in any order, or not at all, when the power goes.
     """
@@ -174,7 +185,7 @@ def whole_rows(f, notes, row_bytes, together, still_bad):
             checksum, why = json.loads(line)
             size = row_bytes if why is None else 0
             data = f.read(size)
-            if line.endswith("\n") and len(data) == size and zlib.crc32(data) == checksum:
+            if line.endswith("\n") and len(data) == size and zlib.crc32(data, len(lines)) == checksum:
                 lines.append((line, why))
                 continue
         break

@@ -17,6 +17,7 @@ import os
 import numpy as np
 import torch
 
+import text_encoder as text_encoder_code
 import vae as vae_code
 from checkpoint import Run, load_vae
 from config import parse_training_args
@@ -93,6 +94,8 @@ def main():
     autocast = make_autocast(device, cfg.mixed_precision)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
     run.about["text"] = text_encoder.key()
+    # of what runs: asked later, it would be of files that may have been edited meanwhile
+    run.about["code"] = code_of_rows()
 
     # ---- Data ----
     train_set, held_out_set = open_dataset(cfg)
@@ -202,6 +205,14 @@ def main():
           f"next: {command_line('python', 'sample.py', '--run_dir', args.run_dir, '--prompt', 'a red sports car')}")  # fmt: skip
 
 
+def code_of_rows():
+    """What the prepared latents and captions are made by, for their keys."""
+    return {
+        "latents": code_of(vae_code, encode_all, to_float),
+        "captions": code_of(text_encoder_code, caption_embeddings),
+    }
+
+
 def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
     """uint8 pictures (N, 3, S, S) -> (N, 2, latent_channels, s, s): mu and log_var of each, computed once."""
     together = num_together(cfg.image_size**2)
@@ -216,7 +227,7 @@ def encode_all(vae, pixels, about, device, cfg, what, mirrored=False):
             progress.update(len(part))
         progress.close()
 
-    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "code": code_of(vae_code)}
+    key = {"pixels": fingerprint(pixels), "vae": about["made_from"], "code": about["code"]["latents"]}
     key |= {"machine": last_bits_of(about, device)}
     key |= {"mirrored": True} if mirrored else {}
     shape = (2, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
@@ -260,7 +271,7 @@ def caption_embeddings(text_encoder, captions, about, device, cfg):
         progress.close()
 
     key = {"captions": fingerprint(texts), "text_encoder": about["text"], "machine": last_bits_of(about, device)}
-    key |= {"together": together}
+    key |= {"together": together, "code": about["code"]["captions"]}
     shape = (cfg.text_length, cfg.text_dim)
     embedded, _ = prepare(cfg.cache_dir, "captions", key, shape, np.float16, len(texts), encode, together)
     embedded = near(embedded, device)

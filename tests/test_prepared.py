@@ -19,11 +19,13 @@ from conftest import ROOT, TINY, assert_one_line_error, flags
 from test_data import picture
 
 import data
+import prepared
 import train_unet
 from config import SDConfig, UserError
 from data import Pictures, folder_records, open_dataset, read_pictures, read_rgb
 from prepared import mapped, prepare
-from training import show_progress
+from text_encoder import WordHashTextEncoder
+from training import show_progress, to_float
 from vae import AutoencoderKL
 
 COUNT = 10
@@ -206,6 +208,24 @@ def test_of_two_builds_at_once_one_waits_for_the_other(tmp_path, capsys):
         assert other.wait() == 0 and "waiting for another process" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stop_at", [2, 7, COUNT])
+def test_where_locks_do_not_hold_two_builds_end_in_an_error_and_not_in_a_wrong_file(tmp_path, monkeypatch, stop_at):
+    """The other build begins when this one is at row 5, and is stopped at row `stop_at` or gets to its end."""
+    monkeypatch.setattr(prepared, "fcntl", None)
+    rows = Rows()
+
+    def interfering(first):
+        for i, row in enumerate(rows(first)):
+            if i == 5:
+                with contextlib.suppress(KeyboardInterrupt):
+                    make(tmp_path, Rows(stop_at))
+            yield row
+
+    with pytest.raises(UserError, match="rows-.*part"):
+        make(tmp_path, interfering)
+    assert torch.equal(make(tmp_path, Rows())[0], expected())
+
+
 def test_who_waits_for_a_build_that_is_killed_goes_on_with_it(tmp_path):
     with other_builder(tmp_path) as other:
         threading.Timer(0.2, other.kill).start()
@@ -353,15 +373,22 @@ def test_pictures_and_latents_that_older_code_has_made_are_not_used(tmp_path, mo
     picture(tmp_path / "a.png")
     pictures = Pictures([(str(tmp_path / "a.png"), ["a picture"])], 16, {str(tmp_path)})
     cfg = SDConfig(**TINY | {"cache_dir": str(tmp_path / "prepared")})
-    vae, about = AutoencoderKL(cfg), {"made_from": "a test", "machine": {}}
+    vae, encoder, device = AutoencoderKL(cfg), WordHashTextEncoder(cfg.text_dim, cfg.text_length), torch.device("cpu")
     pixels = torch.zeros(2, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
 
-    def latent_files():
-        train_unet.encode_all(vae, pixels, about, torch.device("cpu"), cfg, "encode")
-        return len(list((tmp_path / "prepared").glob("latents-*.json")))
+    def files():
+        about = {"made_from": "a test", "machine": {}, "text": "a test", "code": train_unet.code_of_rows()}
+        train_unet.encode_all(vae, pixels, about, device, cfg, "encode")
+        train_unet.caption_embeddings(encoder, [["a picture"]], about, device, cfg)
+        return [len(list((tmp_path / "prepared").glob(f"{name}-*.json"))) for name in ("latents", "captions")]
 
     key = pictures.key()
-    assert pictures.key() == key and latent_files() == latent_files() == 1
+    assert pictures.key() == key and files() == files() == [1, 1]
     monkeypatch.setattr(data, "to_rgb", lambda picture: picture.convert("L").convert("RGB"))
+    assert pictures.key() != key
     monkeypatch.setattr(train_unet, "vae_code", statistics)  # any other module's source
-    assert pictures.key() != key and latent_files() == 2
+    assert files() == [2, 1]
+    monkeypatch.setattr(train_unet, "text_encoder_code", statistics)
+    assert files() == [2, 2]
+    monkeypatch.setattr(train_unet, "to_float", lambda x, device: -to_float(x, device))
+    assert files() == [3, 2]
