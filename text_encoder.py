@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import unicodedata
 import urllib.request
 
 import numpy as np
@@ -103,7 +104,7 @@ class WordHashTextEncoder(nn.Module):
         return self.vectors[key]
 
     def encode(self, prompt):
-        words = re.findall(r"\w+", prompt.lower())
+        words = words_of(prompt)
         if len(words) > self.max_length:
             _warn_once(self.warned, prompt, " ".join(words[self.max_length :]), self.max_length)
         out = torch.zeros(self.max_length, self.dim)
@@ -113,6 +114,13 @@ class WordHashTextEncoder(nn.Module):
 
     def forward(self, prompts):
         return torch.stack([self.encode(p) for p in prompts]).to(self.device_marker.device)
+
+
+def words_of(prompt):
+    """Lower-cased words: letters and digits, and the marks that tell words apart in many scripts."""
+    text = unicodedata.normalize("NFC", prompt.lower())  # one form of what can be written as letter and mark, or as one
+    kept = (c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
+    return [word for word in "".join(kept).split() if re.search(r"\w", word)]
 
 
 def make_text_encoder(source, dim, max_length, trained_with=None):

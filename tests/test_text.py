@@ -44,6 +44,15 @@ def test_word_order_and_words_matter():
     assert not torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2])
 
 
+def test_words_of_scripts_with_marks_are_words():
+    """By code points: Hindi "ka" and "ki" differ in a mark alone, and e with acute can be one code point or two."""
+    encoder = WordHashTextEncoder(16, 4)
+    ka, ki = encoder(["\u0915\u093e", "\u0915\u0940"])
+    assert not torch.equal(ka, ki) and not ka[1:].any()
+    assert torch.equal(encoder(["caf\u00e9"]), encoder(["cafe\u0301"]))
+    assert torch.equal(encoder(["a red_1 car \u2764\ufe0f, too"]), encoder(["A red_1 car - too"]))  # a heart is no word
+
+
 def test_words_are_far_apart():
     """Random vectors in 512 dimensions: the largest of half a million cosines is about 0.23."""
     encoder = WordHashTextEncoder()
