@@ -276,7 +276,7 @@ def check_held_out(figure, step, last_saved):
     """UserError if a held-out figure is not a number: the weights are useless, even if each step's loss was finite."""
     if not math.isfinite(figure):
         raise UserError(f"--lr: after step {step} the held-out figures are not numbers; start over with a lower --lr and "
-                        f"--overwrite; the last good set is {last_saved}")  # fmt: skip
+                        f"--overwrite; the newest set is {last_saved}")  # fmt: skip
 
 
 SHAPES = 64  # far more than there are of batches, their parts and halved latents
@@ -414,7 +414,7 @@ class FiniteGuard:
         for step, (loss, grad_norm) in zip(steps, torch.stack(figures).tolist() if figures else ()):
             if not math.isfinite(loss + grad_norm):
                 raise UserError(f"--lr: step {step} gives loss {loss:.3g} and gradient norm {grad_norm:.3g}; start over "
-                                f"with a lower --lr and --overwrite; the last good set is {last_saved}")  # fmt: skip
+                                f"with a lower --lr and --overwrite; the newest set is {last_saved}")  # fmt: skip
 
 
 def optimizer_step(optimizer, lr):
