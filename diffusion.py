@@ -219,8 +219,8 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     part of the schedule to guide in, from 0 (clean) to 1 (first step).
     start: from fitted_start(); default: pure noise.
     size: (height, width) in pixels; default: as in training.
-    seeds: one integer per sample, which then depends on it alone, whatever the batch and the device; None draws from
-    PyTorch's global generator.
+    seeds: one integer per sample, which then depends on it alone, but for rounding, whatever the batch and the device;
+    None draws from PyTorch's global generator.
     """
     device = next(unet.parameters()).device
     process = process or make_process()

@@ -5,7 +5,8 @@
   python sample.py --export DIR            the run as a folder that diffusers opens (export.py)
 
 Writes one PNG per picture and a grid per prompt, never over an existing file, and says where. Picture k depends
-on seed + k alone. Each PNG carries prompt and settings in its `parameters` text, where picture browsers look.
+on seed + k alone, but for rounding. Each PNG carries prompt and settings in its `parameters` text, where picture
+browsers look.
 What it is not: no schedule, no model and no sampling formula is here; they come from the run directory and diffusion.py.
 """
 

@@ -166,10 +166,9 @@ def test_sample_writes_pictures_a_grid_and_their_parameters(tiny_run, tmp_path):
     assert run_script("sample.py", *command, "--num_images", 1, cwd=tiny_run).returncode == 0
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert after | before == after and len(after) == 7
-    assert (
-        Image.open(tmp_path / "out/a-red-sports-car_seed5_2.png").tobytes()
-        == Image.open(tmp_path / "out/a-red-sports-car_seed5.png").tobytes()
-    )
+    four, alone = (np.asarray(Image.open(tmp_path / f"out/a-red-sports-car_{name}.png")).astype(int)
+                   for name in ("seed5", "seed5_2"))  # fmt: skip
+    assert abs(four - alone).max() <= 1  # which way a number is rounded depends on the processor and on the batch
 
 
 def test_ema_weights_are_sampled_only_on_request(tiny_run, tmp_path, run_here):
@@ -209,13 +208,19 @@ def pixels_of(run_here, cwd, out, *argv):
 def test_guidance_negative_prompt_sampler_and_start_change_the_picture_and_are_written_down(
     tiny_run, tmp_path, run_here
 ):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    weights = torch.load(tmp_path / "run/unet_ckpt2.pth", weights_only=True)
+    weights["conv_out.weight"].normal_(
+        std=0.1
+    )  # of a U-Net that predicts next to nothing samplers give the same picture
+    forge(tmp_path / "run", "unet", "2", "unet_ckpt2.pth", weights)
     flag_sets = {
         "plain": [], "guided": ["--guidance_scale", 5], "negative": ["--guidance_scale", 5, "--negative_prompt", "a dog"],
         "never": ["--guidance_scale", 5, "--guidance_interval", 0, 0],
         "partly": ["--guidance_scale", 5, "--guidance_interval", 0, 0.5], "ddim": ["--sampler", "ddim"],
         "2m": ["--sampler", "dpmpp_2m"], "eta": ["--sampler", "ddim", "--eta", 1], "fitted": ["--start", "fitted"],
     }  # fmt: skip
-    found = {k: pixels_of(run_here, tiny_run, tmp_path / k, "--steps", 5, *v) for k, v in flag_sets.items()}
+    found = {k: pixels_of(run_here, tmp_path, tmp_path / k, "--steps", 5, *v) for k, v in flag_sets.items()}
     pixels = {k: v[0] for k, v in found.items()}
     assert (pixels["plain"] == pixels["never"]).all()  # an interval without a step is no guidance
     different = [k for k in pixels if k != "never"]
@@ -379,7 +384,13 @@ def test_sample_refuses_values_out_of_range(tiny_run, argv, word, run_here):
 
 def test_the_variance_of_one_training_picture_is_asked_for_in_vain(tmp_path, run_here):
     for script in ("train_vae.py", "train_unet.py"):
-        command = ["--preset", "demo", "--run_dir", "run", *flags(TINY | {"max_images": 1, "prediction_type": "epsilon"})]
+        command = [
+            "--preset",
+            "demo",
+            "--run_dir",
+            "run",
+            *flags(TINY | {"max_images": 1, "prediction_type": "epsilon"}),
+        ]
         assert run_here(script, *command, "--max_steps", 1, cwd=tmp_path).returncode == 0
     fitted = run_here("sample.py", "--run_dir", "run", "--prompt", "x", "--start", "fitted", cwd=tmp_path)
     assert_one_line_error(fitted, 1, "--start", "two training pictures")
