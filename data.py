@@ -208,6 +208,10 @@ def split(records, cfg):
             f"--data_root {cfg.data_root}: fewer than two pictures with captions; give more, one is held out"
         )
     count = max(1, min(cfg.held_out_images, len(records) // 10))
+    if count < cfg.held_out_images:
+        print(
+            f"{count} of {len(records)} pictures are held out, a tenth and not the {cfg.held_out_images} of --held_out_images"
+        )
     return records[:-count], records[-count:]
 
 
@@ -241,7 +245,7 @@ def read_captions(path):
     """COCO captions file -> {file name: [captions]}, and a Counter of what is odd in it. UserError if it is no such file."""
     if not os.path.exists(path):
         raise UserError(f"{path}: not there; python data.py download gets it, --data_root says where it is; or "
-                        "--preset demo for the embedded data")  # fmt: skip
+                        "train with --preset demo, on the embedded data")  # fmt: skip
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_CAPTIONS_BYTES:
         raise DamagedCaptions(path, f"not a file of at most {MAX_CAPTIONS_BYTES >> 20} MiB")
     with enough_memory(path):
@@ -369,10 +373,16 @@ def read_lines(path):
 def sidecar_records(folder):
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: not there; --data_root must hold images/ or metadata.jsonl (with --dataset folder)")
-    records = {}
-    for name in os.listdir(folder):
+    records, names = {}, os.listdir(folder)
+    pictures = {name for name in names if os.path.splitext(name)[1].lower() in ENDINGS}
+    captions_of = {os.path.splitext(name)[0] + ".txt" for name in pictures}
+    if others := sorted(n for n in names if n not in pictures | captions_of and not n.startswith(".")):
+        print(f"warning: {folder}: {len(others)} files or folders are neither JPEG, PNG or WebP nor captions of one, and are "
+              f"left out ({printable('; '.join(others[:3]))[:300]}{'; ...' if len(others) > 3 else ''})",
+              file=sys.stderr)  # fmt: skip
+    for name in names:
         stem, ending = os.path.splitext(name)
-        if ending.lower() in ENDINGS:
+        if name in pictures:
             captions_file = os.path.join(folder, stem + ".txt")
             if not os.path.exists(captions_file):
                 raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")

@@ -506,3 +506,16 @@ def test_more_pictures_than_there_are_means_all(tmp_path):
     train, held_out = open_dataset(cfg)
     assert len(train) == 36 and len(held_out) == 4
     assert len(read_pictures(train, cfg, show_progress("read"))[0]) == 36
+
+
+def test_what_is_no_picture_of_a_folder_is_said_and_how_many_are_held_out(tmp_path, capsys):
+    (tmp_path / "images/more").mkdir(parents=True)
+    for i in range(20):
+        picture(tmp_path / f"images/{i}.png")
+        (tmp_path / f"images/{i}.txt").write_text("a picture")
+    for name in ("phone.heic", "phone.txt", ".hidden"):
+        (tmp_path / "images" / name).write_text("")
+    train, held_out = open_dataset(SDConfig(dataset="folder", data_root=str(tmp_path), held_out_images=8))
+    out, err = capsys.readouterr()
+    assert (len(train), len(held_out)) == (18, 2) and "2 of 20 pictures are held out" in out
+    assert "images: 3 files" in err and "more; phone.heic; phone.txt" in err
