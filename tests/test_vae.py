@@ -28,6 +28,8 @@ from vae import AutoencoderKL, draw_transform, ms_ssim, reparameterize, transfor
 QUICK = {"image_size": 16, "block_out_channels": (8, 16), "unet_block_out_channels": (8, 16), "time_dim": 32,
          "max_images": 160, "num_epochs": 6, "lr": 5e-3, "mixed_precision": "no"}  # fmt: skip
 
+ABOUT = {"made_from": {}, "machine": {}, "code": {"latents": ""}}  # what encode_all() reads of a run
+
 
 def weights(path):
     return torch.load(path, weights_only=True)
@@ -281,7 +283,7 @@ def test_a_run_from_before_an_option_existed_is_the_run_without_it(tiny_run, tmp
 def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
     """Against encoding the mirrored picture; and the cached latents of the plain ones are used again."""
     vae, pixels = randomize(AutoencoderKL(tiny)), torch.from_numpy(np.stack([Scenes(0, 3, 32)[i] for i in range(3)]))
-    cfg, about = replace(tiny, cache_dir=str(tmp_path)), {"made_from": {}, "machine": {}}
+    cfg, about = replace(tiny, cache_dir=str(tmp_path)), ABOUT
     plain, mirrored = (encode_all(vae, pixels, about, "cpu", cfg, "encode", mirrored=m) for m in (False, True))
     index = torch.tensor([2, 0])
     mu, log_var = latents_of([plain, mirrored], index, torch.tensor([0, 1]), "cpu")
@@ -295,7 +297,7 @@ def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
 def test_latents_that_are_all_there_but_not_named_yet_are_used(tiny, tmp_path, monkeypatch):
     """A stop while they are hashed, and as many pictures as are encoded in one go."""
     vae, pixels = randomize(AutoencoderKL(tiny)), torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
-    cfg, about = replace(tiny, cache_dir=str(tmp_path)), {"made_from": {}, "machine": {}}
+    cfg, about = replace(tiny, cache_dir=str(tmp_path)), ABOUT
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         encode_all(vae, pixels, about, "cpu", cfg, "encode")
@@ -310,7 +312,7 @@ def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_pat
     vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     ways = {
         "encode_pictures": lambda: encode_pictures(vae, pixels, "cpu", Progress(5, "encode")),
-        "encode_all": lambda: encode_all(vae, pixels, {"made_from": {}, "machine": {}}, "cpu", cfg, "encode"),
+        "encode_all": lambda: encode_all(vae, pixels, ABOUT, "cpu", cfg, "encode"),
         "held-out figures": lambda: train_vae.evaluate(vae, pixels, "cpu", cfg),
         "pictures": lambda: train_vae.show_reconstructions(vae, pixels, "cpu", cfg, tmp_path / "x.png"),
         "normalize": lambda: train_vae.normalize(vae, pixels, torch.device("cpu"), cfg),
