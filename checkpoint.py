@@ -313,16 +313,23 @@ def has_latents_of(vae, other):
     return all(torch.equal(v, theirs[name]) for name, v in vae.state_dict().items() if name not in free)
 
 
-def load_vae(cfg, run_dir, device, flag="--run_dir"):
-    """-> the run's VAE and {its file: size and SHA-256}; UserError if it is not finished or was made otherwise."""
+def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
+    """-> the run's VAE and {its file: size and SHA-256}; UserError if it is not finished or was made otherwise.
+
+    given: settings that the user has named; a data set other than the VAE's must be among them.
+    """
     tag, manifest = newest_epoch_set(run_dir, "vae", flag)
     theirs = manifest["cfg"]
     for name in VAE_SETTINGS:
         if getattr(theirs, name) != getattr(cfg, name):
             lead = f"--{name}" if flag == "--run_dir" else f"{flag} {run_dir}: {name}"
             raise UserError(f"{lead}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with "
-                            f"{getattr(theirs, name)}; give the same, or another {flag}")  # fmt: skip
+                            f"{getattr(theirs, name)} (--preset {manifest.get('preset')}); give the same, or another "
+                            f"{flag}")  # fmt: skip
     if theirs.dataset != cfg.dataset:
+        if "dataset" not in given:
+            raise UserError(f"--dataset: {cfg.dataset} here, but the VAE in {run_dir} was trained on {theirs.dataset}; give "
+                            f"--dataset and its flags as for the VAE, or --dataset {cfg.dataset} if that is meant")  # fmt: skip
         print(f"warning: the VAE was trained on --dataset {theirs.dataset}, this is for {cfg.dataset}", file=sys.stderr)
     if theirs.held_out_combinations != cfg.held_out_combinations:
         print("warning: the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it",
@@ -378,7 +385,8 @@ class Run:
                 self.check_same(manifest)
                 if manifest["finished"] and self.is_whole(tag, manifest):
                     self.finish_pruning()
-                    print(f"{self.dir}: this run is finished (epoch {manifest['epoch']}); --overwrite starts it over")
+                    print(f"{self.dir}: this run is finished (epoch {manifest['epoch']}), and the data is not looked at again; "
+                          "--overwrite starts it over")  # fmt: skip
                     return True
         return False
 
@@ -425,9 +433,14 @@ class Run:
             self.lock.seek(0)
             raise UserError(f"--run_dir {self.dir}: in use by {printable(self.lock.read(100)) or 'another process'}; "
                             "wait for it, stop it, or give another --run_dir") from None  # fmt: skip
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self.lock.flush()
+        try:
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            self.lock.flush()
+        except OSError as e:
+            raise UserError(
+                f"--run_dir {self.dir}: cannot be written to ({e.strerror}); make room, or give another"
+            ) from None
 
     def resume(self, modules, optimizer, start):
         """Load the newest good set into modules and optimizer -> its counters; `start` if the run is a new one.

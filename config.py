@@ -42,7 +42,11 @@ class SDConfig:
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
     max_images: int = setting(40_000, "training pictures: a fixed choice of those with captions, by a hash of their names, "
                               "or all if there are no more", low=1)  # fmt: skip
-    held_out_images: int = setting(500, "pictures kept out of training, for the figures of each epoch", low=1)
+    held_out_images: int = setting(
+        500,
+        "pictures kept out of training, for the figures of each epoch; without a held-out set at most a tenth",
+        low=1,
+    )
     held_out_combinations: int = setting(0, "scenes: how many of the 480 combinations of subject, colour and place no training "
                                          "scene shows, for evaluate.py to ask for", low=0, high=240)  # fmt: skip
     image_size: int = setting(128, "side of the square training pictures [pixels]", low=8)
@@ -408,7 +412,7 @@ def parse_training_args(description, stage, argv=None):
     args = parser.parse_args(argv)
     names = [f.name for f in fields(SDConfig)]
     given = {n: getattr(args, n) for n in names if hasattr(args, n)}
-    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    args.given = given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     args.preset, reason = choose_preset(args, given)
     args.run_dir = os.path.join("runs", args.preset) if args.run_dir is None else args.run_dir
     try:

@@ -87,7 +87,7 @@ def main():
     world = join_world()
     device = world.device
     run = Run(args, "unet", cfg, world)
-    vae, run.about["made_from"] = load_vae(cfg, args.run_dir, device)
+    vae, run.about["made_from"] = load_vae(cfg, args.run_dir, device, given=args.given)
     if run.finished():
         return
     run.open()

@@ -65,7 +65,9 @@ def main():
     device = world.device
     run = Run(args, "vae", cfg, world)
     if cfg.finetune_decoder_of:
-        vae, run.about["made_from"] = load_vae(cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of")
+        vae, run.about["made_from"] = load_vae(
+            cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of", args.given
+        )
     if run.finished():
         return
     run.open()
