@@ -63,7 +63,7 @@ def main():
     source = args.text_encoder or cfg.text_encoder
     text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
     check_text_encoder(run_dir, text_encoder)
-    for prompt in args.prompt if cfg.dataset == "scenes" else ():
+    for prompt in (*args.prompt, args.negative_prompt) if cfg.dataset == "scenes" else ():
         if words := unknown_words(prompt):
             print(f"warning: no painted scene has {', '.join(words)[:100]!r}; python scenes.py --words lists what they "
                   "have", file=sys.stderr)  # fmt: skip
@@ -103,7 +103,7 @@ def main():
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", nargs="+", action="extend", help="one or more prompts, each in quotes")
     what.add_argument("--export", metavar="DIR", help="make no pictures, but a folder that diffusers opens; goes with "
                       "--run_dir, --ema and --text_encoder")  # fmt: skip
@@ -122,6 +122,10 @@ def parse_args():
                         "one of train_vae.py --finetune_decoder_of")  # fmt: skip
     parser.add_argument("--out", help="folder for the pictures (default: <run_dir>/samples)")
     args = parser.parse_args()
+    if args.prompt is None and args.export is None:
+        parser.error("--prompt: is missing; give a prompt in quotes, or --export DIR")
+    if args.export == "":
+        parser.error("--export: is empty; give a folder")
     for name, value in vars(args).items() if args.export is not None else ():
         if name not in READ_BY_EXPORT and value != parser.get_default(name):
             parser.error(f"--{name}: --export does not use it")

@@ -78,9 +78,7 @@ def run_script(main):
                 fail(f"another process of this run has ended and says why ({last_line(e)}); mend that, and the same command "
                      "goes on from the last save")  # fmt: skip
             raise
-        fail(
-            "--batch_size: not enough memory; give a smaller one, or fewer --max_images; of sample.py a smaller --size"
-        )
+        fail("--batch_size (of sample.py --size): not enough memory; give a smaller one, or fewer --max_images")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -631,7 +629,9 @@ def sampling_options(args, cfg):
     low, high = args.guidance_interval or cfg.guidance_interval
     checks = (
         (flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}"),
-        (0 <= args.eta <= (args.sampler == "ddim"), "eta", f"{args.eta} is out of range; give 0 to 1, and --sampler ddim"),
+        (0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1"),
+        (args.eta == 0 or args.sampler == "ddim", "eta", "is read by --sampler ddim alone, which flow does not have; leave it "
+         "out" if flow else "is read by ddim alone; give --sampler ddim, or leave it out"),
         (abs(guidance_scale) <= LARGEST, "guidance_scale", f"{guidance_scale} is out of range; give a number"),
         (0 <= low <= high <= 1, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1"),
         (guidance_scale != 1 or not args.negative_prompt, "negative_prompt", "acts by guidance alone; give a "

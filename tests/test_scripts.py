@@ -430,6 +430,27 @@ def test_a_vae_of_another_shape_or_age_is_refused(tiny_run, tmp_path, run_here):
     )
 
 
+def test_a_vae_of_another_data_set_is_used_only_if_that_is_said(tiny_run, tmp_path, run_here):
+    for file in (tiny_run / "run").glob("vae_*"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "run")
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        picture(tmp_path / f"images/{i}.png")
+        (tmp_path / f"images/{i}.txt").write_text("a picture")
+    settings = {k: v for k, v in TINY.items() if k != "dataset"}
+    command = ["train_unet.py", "--run_dir", "run", "--data_root", ".", "--max_steps", 1, *flags(settings)]
+    assert_one_line_error(run_here(*command, "--preset", "coco", cwd=tmp_path), 1, "--dataset", "coco", "scenes")
+    said = run_here(*command, "--preset", "coco", "--dataset", "folder", cwd=tmp_path)
+    assert said.returncode == 0 and "warning: the VAE was trained on --dataset scenes" in said.stderr
+
+
+def test_a_mistyped_prompt_flag_is_named(run_here, tmp_path):
+    assert_one_line_error(run_here("sample.py", "--promt", "a cat", cwd=tmp_path), 2, "--promt")
+    assert_one_line_error(run_here("sample.py", cwd=tmp_path), 2, "--prompt")
+    assert_one_line_error(run_here("sample.py", "--export", "", cwd=tmp_path), 2, "--export")
+
+
 def test_files_of_an_unknown_run_are_not_deleted(tiny_run, tmp_path, run_here):
     (tmp_path / "run").mkdir()
     shutil.copy(tiny_run / "run/vae_ckpt_epoch2.pth", tmp_path / "run")
