@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import get_args
 
 LARGEST = 10**9  # of any number whose range says nothing else: beyond it lie slips of the hand
+MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU uses no more of a seed
 BETA_RANGE = ("beta_start", "beta_end", "scale_betas")  # settings of the linear schedule alone
 
 
@@ -147,7 +148,7 @@ class SDConfig:
     sample_prompts: tuple[str, ...] = setting(
         ("a dog on the grass", "a red sports car"), "prompts of the sample grid of each epoch"
     )
-    seed: int = setting(0, "seed of everything that is random", low=0, high=2**32 - 1)
+    seed: int = setting(0, "seed of everything that is random", low=0, high=MAX_SEED)
 
     def __post_init__(self):
         for f in fields(self):

@@ -209,9 +209,8 @@ def split(records, cfg):
         )
     count = max(1, min(cfg.held_out_images, len(records) // 10))
     if count < cfg.held_out_images:
-        print(
-            f"{count} of {len(records)} pictures are held out, a tenth and not the {cfg.held_out_images} of --held_out_images"
-        )
+        print(f"{count} of {len(records)} pictures are held out, not the {cfg.held_out_images} of --held_out_images: at most a "
+              "tenth, and at least one")  # fmt: skip
     return records[:-count], records[-count:]
 
 
@@ -374,25 +373,27 @@ def sidecar_records(folder):
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: not there; --data_root must hold images/ or metadata.jsonl (with --dataset folder)")
     records, names = {}, os.listdir(folder)
-    pictures = {name for name in names if os.path.splitext(name)[1].lower() in ENDINGS}
-    captions_of = {os.path.splitext(name)[0] + ".txt" for name in pictures}
-    if others := sorted(n for n in names if n not in pictures | captions_of and not n.startswith(".")):
-        print(f"warning: {folder}: {len(others)} files or folders are neither JPEG, PNG or WebP nor captions of one, and are "
-              f"left out ({printable('; '.join(others[:3]))[:300]}{'; ...' if len(others) > 3 else ''})",
-              file=sys.stderr)  # fmt: skip
-    for name in names:
-        stem, ending = os.path.splitext(name)
-        if name in pictures:
-            captions_file = os.path.join(folder, stem + ".txt")
-            if not os.path.exists(captions_file):
-                raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
-            try:
-                refuse_stray(captions_file, {os.path.realpath(folder)})
-            except (OSError, ValueError) as e:  # ValueError: a link to another drive, on Windows
-                raise UserError(f"{captions_file}: {e}; replace it by the file itself") from None
-            captions = [clean_caption(line) for line in read_lines(captions_file) if line.strip()]
-            records[os.path.join(folder, name)] = captions or [""]
+    pictures = [name for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
+    warn_of_others(folder, {*names} - {*pictures} - {f"{os.path.splitext(name)[0]}.txt" for name in pictures})
+    for name in pictures:
+        captions_file = os.path.join(folder, f"{os.path.splitext(name)[0]}.txt")
+        if not os.path.exists(captions_file):
+            raise UserError(f"{os.path.join(folder, name)}: has no caption; write {captions_file}, or move it away")
+        try:
+            refuse_stray(captions_file, {os.path.realpath(folder)})
+        except (OSError, ValueError) as e:  # ValueError: a link to another drive, on Windows
+            raise UserError(f"{captions_file}: {e}; replace it by the file itself") from None
+        captions = [clean_caption(line) for line in read_lines(captions_file) if line.strip()]
+        records[os.path.join(folder, name)] = captions or [""]
     return records
+
+
+def warn_of_others(folder, names):
+    others = sorted(name for name in names if not name.startswith("."))
+    if others:
+        shown = "; ".join(others[:3]) + ("; ..." if len(others) > 3 else "")
+        print(f"warning: {folder}: {len(others)} files or folders are neither JPEG, PNG or WebP nor captions of one, and are "
+              f"left out ({printable(shown)[:300]})", file=sys.stderr)  # fmt: skip
 
 
 def read_pictures(dataset, cfg, start_progress):

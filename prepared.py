@@ -26,7 +26,7 @@ from config import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: two builds at once are not noticed there
+except ImportError:  # Windows: two builds at once do not wait for each other there
     fcntl = None
 
 MAX_MANIFEST_BYTES = 64 << 20  # it lists the rows that could not be had
@@ -173,9 +173,8 @@ def whole_rows(f, notes, row_bytes, together, still_bad):
     """What a stopped build left: rows count as far as the log has a line with their checksum, and those that could not
     be had still cannot -> {bad row: why}, number.
 
-    A checksum begins with the row's number, so that rows which two builds have written in turns do not pass.
-
-    Both files are cut there. A row and its line reach the disk in any order, or not at all, when the power goes.
+    Both files are cut there. A row and its line reach the disk in any order, or not at all, when the power goes. A
+    checksum begins with the row's number, so that rows which two builds have written in turns do not pass.
     """
     f.seek(0)
     notes.seek(0)

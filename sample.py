@@ -21,7 +21,7 @@ import torch
 from PIL import PngImagePlugin
 
 from checkpoint import check_text_encoder, load_models, newest_run, write_file
-from config import Parser, UserError, positive_int, printable
+from config import MAX_SEED, Parser, UserError, positive_int, printable
 from data import read_pictures_of
 from diffusion import configured_process, fitted_start, latent_shape, sample
 from export import export_run
@@ -45,7 +45,6 @@ from training import (
 IMAGES_PER_BATCH = 32
 GRID_PICTURES = 100
 FITTED_PICTURES = 8192  # training pictures that --start fitted looks at
-MAX_SEED = 2**32 - 1  # of a seed PyTorch's generator on the CPU uses so much
 READ_BY_EXPORT = ("export", "run_dir", "ema", "text_encoder")
 
 

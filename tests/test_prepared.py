@@ -208,15 +208,21 @@ def test_of_two_builds_at_once_one_waits_for_the_other(tmp_path, capsys):
         assert other.wait() == 0 and "waiting for another process" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("stop_at", [2, 7, COUNT])
-def test_where_locks_do_not_hold_two_builds_end_in_an_error_and_not_in_a_wrong_file(tmp_path, monkeypatch, stop_at):
-    """The other build begins when this one is at row 5, and is stopped at row `stop_at` or gets to its end."""
+def test_where_locks_do_not_hold_two_builds_end_in_an_error_and_not_in_a_wrong_file(
+    tmp_path, monkeypatch, stop_at, removed
+):
+    """The other build begins when this one is at row 5, and is stopped at row `stop_at` or gets to its end; the
+    folder's files may have been removed before."""
     monkeypatch.setattr(prepared, "fcntl", None)
     rows = Rows()
 
     def interfering(first):
         for i, row in enumerate(rows(first)):
             if i == 5:
+                for path in tmp_path.iterdir() if removed else ():
+                    path.unlink()
                 with contextlib.suppress(KeyboardInterrupt):
                     make(tmp_path, Rows(stop_at))
             yield row

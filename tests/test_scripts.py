@@ -273,6 +273,8 @@ def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
                       cwd=tiny_run)  # fmt: skip
     assert result.stderr.count("warning") == 1 and "no painted scene has 'kitten'" in result.stderr
     assert len(list(tmp_path.glob("*_seed0.png"))) == 2  # --prompt given twice
+    flags_of_guidance = ["--prompt", "a red bus", "--guidance_scale", 2, "--negative_prompt", "blurry"]
+    assert "no painted scene has 'blurry'" in run_here("sample.py", *command, *flags_of_guidance, cwd=tiny_run).stderr
 
 
 def test_an_order_of_many_pictures_does_not_keep_them_all(tiny_run, tmp_path, run_here, monkeypatch):
@@ -384,13 +386,7 @@ def test_sample_refuses_values_out_of_range(tiny_run, argv, word, run_here):
 
 def test_the_variance_of_one_training_picture_is_asked_for_in_vain(tmp_path, run_here):
     for script in ("train_vae.py", "train_unet.py"):
-        command = [
-            "--preset",
-            "demo",
-            "--run_dir",
-            "run",
-            *flags(TINY | {"max_images": 1, "prediction_type": "epsilon"}),
-        ]
+        command = ["--preset", "demo", "--run_dir", "run", *flags(TINY | {"max_images": 1})]
         assert run_here(script, *command, "--max_steps", 1, cwd=tmp_path).returncode == 0
     fitted = run_here("sample.py", "--run_dir", "run", "--prompt", "x", "--start", "fitted", cwd=tmp_path)
     assert_one_line_error(fitted, 1, "--start", "two training pictures")
@@ -431,10 +427,7 @@ def test_a_vae_of_another_shape_or_age_is_refused(tiny_run, tmp_path, run_here):
 
 
 def test_a_vae_of_another_data_set_is_used_only_if_that_is_said(tiny_run, tmp_path, run_here):
-    for file in (tiny_run / "run").glob("vae_*"):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        shutil.copy(file, tmp_path / "run")
-    (tmp_path / "images").mkdir()
+    shutil.copytree(tiny_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("unet_*", "ema_*", "t_ember_*"))
     for i in range(3):
         picture(tmp_path / f"images/{i}.png")
         (tmp_path / f"images/{i}.txt").write_text("a picture")
