@@ -1,1 +1,477 @@
-from checkpoint import newest_epoch_set, own_hash, plain_weights, read_manifest  # noqa: F401
+"""A run's files: sets that appear whole or not at all, exact resume, the lock. Nothing that is read is trusted.
+
+A set is what one save writes: the weights (plain state_dicts under the recipe's names), the state that resuming
+needs, and last a manifest with size and SHA-256 of each file. The set exists once the manifest has its name, so one
+rename makes it visible; a run killed anywhere leaves whole sets and files that no manifest lists.
+
+  unet_ckpt5.pth, t_ember_ckpt5.pth, ema_unet_ckpt5.pth, unet_state5.pth, unet_set5.json      after epoch 5
+  unet_ckpt6_step900.pth, ..., unet_set6_step900.json    in epoch 6, after step 900; deleted once two newer sets exist
+
+What it is not: no loop, no loss. Files are opened with weights_only=True after size and SHA-256 have been found right,
+which bars code from running but does not make a stranger's weights good ones.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import time
+import zipfile
+from dataclasses import asdict, fields
+
+import torch
+
+from config import SDConfig
+from support.devices import processor
+from support.errors import UserError, printable
+from support.files import Damaged, entry_of, read_file, remove, write_file
+from support.show import append_csv
+from support.signals import Interrupts
+from training import State
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one directory are not noticed there
+    fcntl = None
+
+FORMAT = 1  # of manifest and state; a change that older code would misread raises it
+INITIAL_TAG = "1_step0"  # of the set that a run begins with
+KEPT_SETS = 2  # newest sets that can be resumed from: should one be damaged, there is another
+PREFIXES = {"vae": ("vae_ckpt_epoch",), "unet": ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt")}
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_STATE_TEXT = 64 << 20  # the CSV text within a state
+RETIRED = {  # settings that older code had -> the only value that this code can go on with
+    "equivariance": 0.0,
+    "beta_schedule": "linear",
+    "rescale_betas_zero_snr": False,
+    "min_snr_gamma": 0.0,
+    "flow_times": "logit_normal",
+    "ema_sigma_rel": 0.0,
+}
+READ_BY_SAMPLING = ("beta_schedule", "rescale_betas_zero_snr")
+
+# ---- Weights --------------------------------------------------------------------------------------------
+
+
+def plain_weights(module):
+    """A state_dict on the CPU, contiguous: opens with torch.load(path, weights_only=True)."""
+    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def num_bytes(module):
+    return sum(v.numel() * v.element_size() for v in module.state_dict().values())
+
+
+def most_bytes(weights):
+    """What a file of so many bytes of weights may have, names and padding included."""
+    return 2 * weights + (1 << 20)
+
+
+def read_tensors(path, entry, most):
+    """What torch.save put into a file -> object on the CPU; Damaged unless size and SHA-256 are those of `entry`."""
+    data = read_file(path, most)
+    if entry_of(data) != entry:
+        raise Damaged(f"{path}: not the file that was saved (size or SHA-256 differ from the manifest's); restore it")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as z:  # torch.load would unpack a compressed bomb
+            if sum(i.file_size for i in z.infolist()) > most or any(i.compress_type for i in z.infolist()):
+                raise ValueError("packed")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # a file that is no checkpoint raises one of many kinds, whose texts advise unsafe loading
+        raise Damaged(f"{path}: not a checkpoint of plain tensors; restore it") from None
+
+
+def load_weights(path, entry, module):
+    """Copy a checked file into module, strictly; Damaged if a tensor is missing, other, or not finite."""
+    weights, own = read_tensors(path, entry, most_bytes(num_bytes(module))), module.state_dict()
+    if not isinstance(weights, dict) or not all(is_plain(v) for v in weights.values()):
+        raise Damaged(f"{path}: holds no plain weights; restore it")
+    wrong = f"{path}: not the {type(module).__name__} of these settings:"
+    for name in own.keys() ^ weights.keys():
+        raise Damaged(f"{wrong} it {'lacks' if name in own else 'holds'} {printable(name)}; restore it")
+    for name, tensor in weights.items():
+        if tensor.dtype != own[name].dtype or tensor.shape != own[name].shape:
+            raise Damaged(f"{wrong} {name} is {describe(tensor)} instead of {describe(own[name])}; restore it")
+        if not tensor.isfinite().all():
+            raise Damaged(f"{path}: {name} holds values that are not finite numbers; restore it")
+    module.load_state_dict(weights)
+
+
+def is_plain(value):
+    """Whether it is a tensor with numbers of its own: not sparse, nested, quantized or without storage."""
+    return isinstance(value, torch.Tensor) and not value.is_nested and value.layout == torch.strided and value.is_cpu
+
+
+def describe(tensor):
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def adam_state(optimizer):
+    """Step, mean and mean square of the gradient of each parameter, in order; [] before the first step."""
+    states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"] if optimizer.state[p]]
+    return [{k: v.detach().cpu() for k, v in s.items()} for s in states]
+
+
+def load_adam(path, optimizer, saved):
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.state.clear()  # a set that turned out to be damaged may have been here before
+    if len(saved) not in (0, len(parameters)):
+        raise Damaged(f"{path}: holds the Adam state of another model; restore it")
+    for p, s in zip(parameters, saved):
+        for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+            if not is_plain(s[name]) or s[name].shape != shape or s[name].dtype != torch.float32:
+                raise Damaged(f"{path}: holds the Adam state of another model; restore it")
+            if not s[name].isfinite().all():
+                raise Damaged(f"{path}: holds values that are not finite numbers; restore it")
+        # copied into tensors laid out like p: the fused kernel walks through all of them in step
+        optimizer.state[p] = {k: torch.empty_like(p).copy_(s[k]) for k in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = s["step"].to(p.device)
+
+
+# ---- Manifests ------------------------------------------------------------------------------------------
+
+
+def sets_of(run_dir, kind):
+    """Tags of the sets in a run directory, newest first. "5" is the set after epoch 5, "6_step900" one within epoch 6."""
+    pattern = re.compile(rf"{kind}_set(\d+)(?:_step(\d+))?\.json")
+    found = [m for m in map(pattern.fullmatch, os.listdir(run_dir) if os.path.isdir(run_dir) else []) if m]
+    age = {m[0]: (int(m[1]) - bool(m[2]), int(m[2] or 0)) for m in found}  # epochs done, then steps
+    return [n.removeprefix(f"{kind}_set").removesuffix(".json") for n in sorted(age, key=age.get, reverse=True)]
+
+
+def manifest_path(run_dir, kind, tag):
+    return os.path.join(run_dir, f"{kind}_set{tag}.json")
+
+
+def own_hash(manifest):
+    text = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(run_dir, kind, tag):
+    """The manifest of one set; Damaged if it is not as written, UserError if it is of another format."""
+    path = manifest_path(run_dir, kind, tag)
+    try:
+        manifest = json.loads(read_file(path, MAX_MANIFEST_BYTES))
+        whole = manifest["sha256"] == own_hash(manifest) and manifest["kind"] == kind and manifest["format"] > 0
+        if whole and manifest["format"] != FORMAT:
+            raise UserError(
+                f"{path}: of format {manifest['format']}, this is the code of format {FORMAT}; use the version of this "
+                "project that wrote it, or train again"
+            )
+        manifest["cfg"] = settings_to_config(manifest["settings"], path)
+        entries = [*manifest["files"].values(), *manifest.get("made_from", {}).values()]
+        whole = whole and all(f"{prefix}{tag}.pth" in manifest["files"] for prefix in PREFIXES[kind])
+        whole = whole and all(type(manifest[k]) is t for k, t in (("finished", bool), ("epoch", int), ("step", int)))
+        if whole and all(type(e["bytes"]) is int and type(e["sha256"]) is str for e in entries):
+            return manifest
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass  # each means that the file is not what write_file() was given
+    raise Damaged(f"{path}: not the manifest that was saved; restore it")
+
+
+def settings_to_config(settings, path):
+    """The SDConfig of a manifest's settings, those of older code too where sampling does not depend on them."""
+    for name in READ_BY_SAMPLING:
+        if settings.get(name, RETIRED[name]) != RETIRED[name]:
+            raise UserError(f"{path}: trained with --{name}, which is no more; use the version that trained it")
+    kept = {k: v for k, v in settings.items() if k != "max_steps" and k not in RETIRED}
+    try:
+        return SDConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+    except UserError as e:
+        raise Damaged(f"{path}: {e}") from None
+
+
+def newest_epoch_set(run_dir, kind, flag="--run_dir"):
+    """Tag and manifest of the newest set of a whole epoch. flag: the one that named run_dir."""
+    tags = [tag for tag in sets_of(run_dir, kind) if "_" not in tag]
+    if not tags:
+        raise UserError(
+            f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; run python train_{kind}.py first, with this "
+            "folder as its --run_dir"
+        )
+    return tags[0], read_manifest(run_dir, kind, tags[0])
+
+
+# ---- A training run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """One trainer's place in a run directory.
+
+    kind: "vae" or "unet". about: what its manifests say of the run. last_saved: the newest set.
+    """
+
+    def __init__(self, args, kind, cfg, world):
+        self.world, self.dir, self.kind, self.overwrite, self.cfg = world, args.run_dir, kind, args.overwrite, cfg
+        self.last_saved, self.lock, self.interrupts = "nothing", None, None
+        settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
+        machine = {
+            "torch": torch.__version__,
+            "device": world.device.type,
+            "threads": torch.get_num_threads(),
+            "processor": processor(world.device),
+            "processes": world.size,
+        }
+        self.about = {"preset": args.preset, "settings": settings, "machine": machine}
+        self.csv = (f"{kind}_train.csv", f"{kind}_held_out.csv")
+        self.prefixes = (*PREFIXES[kind], f"{kind}_state")  # of a set's files, in the order of the modules; state last
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    # ---- Before training ----
+
+    def finished(self):
+        """Whether this very run is finished; UserError if the directory holds one with other settings."""
+        tags = [] if self.overwrite else sets_of(self.dir, self.kind)
+        for tag in tags[:1]:
+            with contextlib.suppress(Damaged):  # resume() deals with it, and says so
+                manifest = read_manifest(self.dir, self.kind, tag)
+                self.check_same(manifest)
+                if manifest["finished"] and self.is_whole(tag, manifest):
+                    self.finish_pruning()
+                    print(
+                        f"{self.dir}: this run is finished (epoch {manifest['epoch']}), and the data is not looked at "
+                        "again; --overwrite starts it over"
+                    )
+                    return True
+        return False
+
+    def is_whole(self, tag, manifest):
+        files = ((f"{prefix}{tag}.pth", manifest["files"][f"{prefix}{tag}.pth"]) for prefix in PREFIXES[self.kind])
+        return all(entry_of(read_file(self.path(name), entry["bytes"])) == entry for name, entry in files)
+
+    def finish_pruning(self):
+        """Delete what only resuming needed, where a run was killed between its last manifest and doing so."""
+        left = any("_state" in name or "_step" in name for name in os.listdir(self.dir) if self.is_ours(name))
+        if left and not self.world.rank:
+            self.open()
+            self.prune(0)
+            self.sweep()
+
+    def check_same(self, manifest):
+        """UserError that lists every difference between the run that a manifest tells of and this one."""
+        free = {f.name for f in fields(SDConfig) if f.metadata["free"]}
+        defaults = json.loads(json.dumps(asdict(SDConfig())))  # of settings that older code did not know
+        now, then = self.about["settings"], defaults | RETIRED | manifest["settings"]
+        changed = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
+        changed += [f"{k} was {then[k]}, which is no more" for k, v in RETIRED.items() if then[k] != v]
+        for name, what in (
+            ("data", "the pictures or their captions are others"),
+            ("made_from", "the VAE is another"),
+            ("text", "the text encoder's weights are others"),
+        ):
+            if name in self.about and self.about[name] != manifest.get(name):
+                changed.append(what)
+        if changed:
+            raise UserError(
+                f"--run_dir {self.dir}: holds a run that differs ({'; '.join(changed)}); give another --run_dir, or "
+                "--overwrite to start over"
+            )
+
+    def open(self):
+        """Make the directory and take its lock, which the system frees however this process ends."""
+        if self.world.rank:
+            return
+        os.makedirs(self.dir, exist_ok=True)
+        self.lock = open(self.path(".lock"), "a+")
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            other = printable(self.lock.read(100)) or "another process"
+            raise UserError(
+                f"--run_dir {self.dir}: in use by {other}; wait for it, stop it, or give another --run_dir"
+            ) from None
+        try:
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            self.lock.flush()
+        except OSError as e:
+            what = f"cannot be written to ({e.strerror}); make room, or give another"
+            raise UserError(f"--run_dir {self.dir}: {what}") from None
+
+    # ---- Going on ----
+
+    def resume(self, modules, optimizer, state):
+        """Load the newest good set into modules and optimizer -> its State; `state` if the run is a new one.
+
+        modules: one per PREFIXES[kind], in that order. A new run saves where it starts, so that a full disk shows now.
+        UserError if nothing usable is where something should be, or if settings, data or VAE are not those of the set.
+        """
+        self.modules, self.optimizer = modules, optimizer
+        if self.world.rank:  # rank 0 finds a set, or makes one
+            self.world.wait()
+            state = self.load(sets_of(self.dir, self.kind)[0], state)
+        else:
+            if self.overwrite:
+                self.delete_all()
+            found = self.load_newest(state)
+            self.sweep()
+            self.write_config()
+            if not found:
+                self.save(INITIAL_TAG, state)
+            self.world.wait()
+            state = found or state
+        self.interrupts = Interrupts(self.cfg.save_minutes, self.world.rank)
+        return state
+
+    def load_newest(self, start):
+        """The State of the newest whole set, loaded; None if there never was one. Damaged sets are put aside."""
+        damaged = []
+        for tag in sets_of(self.dir, self.kind):
+            try:
+                state = self.load(tag, start)
+            except Damaged as e:
+                damaged.append((tag, e))
+                continue
+            for bad, why in damaged:
+                print(f"warning: {why}; put aside as *.damaged, going on from {self.last_saved}", file=sys.stderr)
+                self.put_aside(bad)
+            print(f"resumed after step {state.step}")
+            return state
+        self.check_empty(damaged)
+        return None
+
+    def check_empty(self, damaged):
+        """UserError if a run has been here: it must not be started over unasked."""
+        if damaged:
+            raise UserError(f"{damaged[0][1]}; or give --overwrite to start over: no other set in {self.dir} is whole")
+        for name in sorted(os.listdir(self.dir)):
+            weights = re.fullmatch(rf"(?:{'|'.join(self.prefixes)})(\d+(?:_step\d+)?)\.pth", name)
+            # killed within its first save is no run yet
+            if name in self.csv or (weights and weights[1] != INITIAL_TAG):
+                raise UserError(
+                    f"--run_dir {self.dir}: holds {name} but no {self.kind}_set*.json to go on from; restore it, give "
+                    "another --run_dir, or --overwrite to start over"
+                )
+
+    def load(self, tag, start):
+        """Load one whole set -> its State, of the same kinds as those of `start`; Damaged if any of it is not right."""
+        manifest = read_manifest(self.dir, self.kind, tag)
+        self.check_same(manifest)
+        files, names = manifest["files"], [f"{prefix}{tag}.pth" for prefix in self.prefixes]
+        if set(files) != set(names):
+            raise Damaged(f"{manifest_path(self.dir, self.kind, tag)}: does not list this set's files; restore it")
+        for name, module in zip(names, self.modules):
+            load_weights(self.path(name), files[name], module)
+        path = self.path(names[-1])
+        saved = read_tensors(path, files[names[-1]], 4 * sum(map(num_bytes, self.modules)) + MAX_STATE_TEXT)
+        try:
+            load_adam(path, self.optimizer, saved["adam"])
+            state, csv = State(**saved["counters"]), {name: saved["csv"].get(name) for name in self.csv}
+            fits = state.step == manifest["step"] >= 0 and state.epoch == manifest["epoch"] >= 0
+            fits = fits and all(type(v) is type(getattr(state, k)) for k, v in vars(start).items())
+            fits = fits and state.window.shape == start.window.shape
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            fits = False
+        if not fits:
+            raise Damaged(f"{path}: not the state of such a run; restore it")
+        if not self.world.rank:
+            self.restore_csv(csv)
+        self.last_saved = manifest_path(self.dir, self.kind, tag)
+        for name, value in self.about["machine"].items():
+            if (then := manifest["machine"].get(name)) != value:
+                print(f"warning: no longer exact to the bit: {name} was {then}, now {value}", file=sys.stderr)
+        state.window = state.window.to(start.window.device)
+        return state
+
+    def restore_csv(self, csv):
+        """Rows written after the set was saved will be written again."""
+        for name, text in csv.items():
+            if text is None:
+                remove(self.path(name))
+            else:
+                write_file(self.path(name), text.encode())
+
+    # ---- While it trains ----
+
+    def log(self, name, row):
+        """Append a row to the run's {kind}_{name}.csv."""
+        if not self.world.rank:
+            append_csv(self.path(f"{self.kind}_{name}.csv"), row)
+
+    def save_is_due(self):
+        """Whether to save within the epoch: often enough for a crash to cost little, and when asked to stop."""
+        return self.interrupts.save_is_due()
+
+    def save(self, tag, state, finished=False):
+        """Write one set; then exit if a signal has asked for that. UserError if the disk does not take it.
+
+        tag: "5" after epoch 5, "6_step900" within epoch 6.
+        """
+        self.last_saved = manifest_path(self.dir, self.kind, tag)
+        if not self.world.rank:
+            self.write_set(tag, state, finished)
+            self.prune(0 if finished else KEPT_SETS)
+        if self.interrupts:
+            self.interrupts.saved(state.step)
+
+    def write_set(self, tag, state, finished):
+        csv = {}
+        for name in self.csv:
+            with contextlib.suppress(FileNotFoundError), open(self.path(name), newline="") as f:
+                csv[name] = f.read()
+        counters = vars(state) | {"window": state.window.cpu()}
+        resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": csv}
+        files = {}
+        for prefix, content in zip(self.prefixes, [*map(plain_weights, self.modules), resuming]):
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            name, data = f"{prefix}{tag}.pth", buffer.getvalue()
+            write_file(self.path(name), data)
+            files[name] = entry_of(data)
+        manifest = {"format": FORMAT, "kind": self.kind, "step": state.step, "epoch": state.epoch}
+        manifest |= {"finished": finished, "files": files} | self.about
+        manifest["sha256"] = own_hash(manifest)
+        write_file(manifest_path(self.dir, self.kind, tag), json.dumps(manifest, indent=1).encode())
+
+    def write_config(self):
+        """config.json: the settings of both trainers, for people; no script reads it."""
+        try:
+            records = dict(json.loads(read_file(self.path("config.json"), MAX_MANIFEST_BYTES)))
+        except (Damaged, ValueError, TypeError, RecursionError):
+            records = {}
+        records[f"train_{self.kind}"] = self.about
+        write_file(self.path("config.json"), json.dumps(records, indent=1).encode())
+
+    # ---- Tidying ----
+
+    def prune(self, kept):
+        """Delete what only resuming needs, of all but the newest `kept` sets; the weights of whole epochs stay."""
+        for tag in sets_of(self.dir, self.kind)[kept:]:
+            if "_" in tag:
+                remove(manifest_path(self.dir, self.kind, tag))  # first, so that no manifest lists what is gone
+                remove(*(self.path(f"{prefix}{tag}.pth") for prefix in self.prefixes[:-1]))
+            remove(self.path(f"{self.prefixes[-1]}{tag}.pth"))
+
+    def sweep(self):
+        """Delete what a killed run left: temporary files, and files of sets that never got a manifest."""
+        tags, prefixes = set(sets_of(self.dir, self.kind)), "|".join(self.prefixes)
+        for name in os.listdir(self.dir):
+            orphan = re.fullmatch(rf"(?:{prefixes})(\d+_step\d+)\.pth", name)
+            if (orphan and orphan[1] not in tags) or (name.endswith(".tmp") and self.is_ours(name)):
+                remove(self.path(name))
+
+    def put_aside(self, tag):
+        """Rename a damaged set's files to *.damaged, the manifest last."""
+        for path in [self.path(f"{p}{tag}.pth") for p in self.prefixes] + [manifest_path(self.dir, self.kind, tag)]:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, f"{path}.damaged")
+
+    def delete_all(self):
+        """For --overwrite: the manifests first, so that at no time one lists what is gone."""
+        names = [name for name in os.listdir(self.dir) if self.is_ours(name)]
+        remove(*map(self.path, sorted(names, key=lambda name: not name.endswith(".json"))))
+
+    def is_ours(self, name):
+        """Whether a run of this kind writes such a name; others in its directory belong to somebody else."""
+        tag, kind = r"\d+(_step\d+)?", self.kind
+        pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
+        pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?"
+        return re.fullmatch(pattern, name) is not None

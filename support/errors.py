@@ -1,2 +1,125 @@
-from config import UserError, printable  # noqa: F401
-from training import fail, run_script, usage_error  # noqa: F401
+"""How a mistake ends: one line on stderr, `error: <file or flag>: <what>; <what to do>`, and exit code 1 or 2.
+
+What it is not: a logger. It imports nothing of the project, and PyTorch only when a script runs, so config.py can use it.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+
+from support.signals import SIGNALS
+
+ANOTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # GPU, CPU, Windows, cuBLAS
+
+
+class UserError(Exception):
+    """Something the user can put right; the message is one line: `<file or flag>: <what>; <what to do>`."""
+
+
+def printable(text):
+    """Text from outside on one line, without control characters, escape codes and lone surrogates."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
+def run_script(main):
+    """Run a script's main(). What the user can put right ends in one line on stderr and exit code 1."""
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    make_output_safe()
+    if handlers[signal.SIGTERM] != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        main()
+        leave_process_group()
+    except UserError as e:
+        fail(e)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        fail(explain_os_error(e))
+    except (RuntimeError, MemoryError) as e:
+        message = explain_runtime_error(e)
+        if message is None:  # a fault of ours: show the traceback
+            raise
+        fail(message)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def explain_os_error(e):
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return "--num_workers: too many files are open at once; give fewer, or 0"
+    if e.filename:
+        return f"{e.filename}: {e.strerror}; check the path, its permissions and the disk"
+    return last_line(e)
+
+
+def explain_runtime_error(e):
+    """-> what a user can do about an error of PyTorch, or None if nothing."""
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        why = str(e).strip().splitlines()[0][:200]
+        return f"--compile: torch.compile does not work here ({why}); give --no-compile"
+    if "DataLoader worker" in str(e):
+        return "--num_workers: a process that reads pictures died; give fewer, or 0"
+    if isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY):
+        return "--batch_size (of sample.py --size): not enough memory; give a smaller one, or fewer --max_images"
+    if any(words in str(e) for words in ANOTHER_ENDED):
+        return (
+            f"another process of this run has ended and says why ({last_line(e)}); mend that, and the same command "
+            "goes on from the last save"
+        )
+    return None
+
+
+def last_line(e):
+    """An error that comes from another process says in its last line what it was."""
+    return str(e).strip().split("\n")[-1].removeprefix("OSError: ")
+
+
+def make_output_safe():
+    """Keep working when stdout is closed from the start, or cannot show a character of a file's name."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def in_process_group():
+    """Whether torchrun has started this process among others."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def leave_process_group():
+    if in_process_group():
+        from torch import distributed
+
+        distributed.barrier()  # rank 0 may still be writing
+        distributed.destroy_process_group()
+
+
+def usage_error(message):
+    """Exit with code 2 and one line, for flags that only the run can tell to be wrong."""
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def fail(message):
+    """Exit with code 1 and one line."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # leave the line of a progress bar
+    message = f"error: {printable(message)}"
+    if in_process_group():  # a plain exit would close the group, and may wait for ever for what a GPU has begun
+        with contextlib.suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        os._exit(1)
+    sys.exit(message)

@@ -1,2 +1,177 @@
-from config import Parser, flags_to_hand_on, parse_training_args, positive_int  # noqa: F401
-from training import add_sampling_flags, sampling_options  # noqa: F401
+"""Command lines: the flags made from the fields of SDConfig, the preset that is chosen, the flags of sampling.
+
+What it is not: it holds no defaults of the training; those are in config.py.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+
+from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
+from samplers import SAMPLERS, choose_sampler
+from support.errors import UserError, printable, usage_error
+
+VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
+    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs lr lr_schedule "
+    "lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
+)
+PRESET_HELP = (
+    "coco (the recipe), best (the recipe with what has won since), coco64, coco256, coco512 (coco at other sizes) or demo "
+    "(embedded data, minutes on a CPU); default: coco if its captions are there, else demo"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake ends in `error: <flag>: <what>; <what to do>` and exit code 2."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        message = message.removeprefix("argument ").replace("unrecognized arguments", "unknown flag")
+        self.exit(2, f"error: {printable(message)[:500]}; see python {os.path.basename(self.prog)} --help\n")
+
+
+def positive_int(text):
+    digits = text.isascii() and text.isdigit() and len(text) < 20  # int() of thousands of digits is slow
+    if not digits or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1 to {LARGEST}")
+    return int(text)
+
+
+# ---- Training -------------------------------------------------------------------------------------------
+
+
+def parse_training_args(description, stage, argv=None):
+    """Command line of a trainer -> (SDConfig, Namespace of the other flags). stage: "vae" or "unet".
+
+    Later wins: defaults, preset, the preset's VAE stage, flags. Exits with code 2 on a mistake.
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
+    parser.add_argument("--run_dir", help="folder for everything this run writes (default: runs/<preset>)")
+    parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
+    parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")
+    group = parser.add_argument_group("settings (fields of SDConfig), with the defaults of preset coco")
+    add_config_flags(group, preset_config("coco", stage))
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(SDConfig) if hasattr(args, f.name)}
+    args.given = given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    args.preset, reason = choose_preset(args.preset, given)
+    args.run_dir = os.path.join("runs", args.preset) if args.run_dir is None else args.run_dir
+    try:
+        check(args.run_dir, "run_dir", "is empty; give a folder")
+        own_files = {"data_root", "captions_json"} & set(given) and not given.get("dataset")
+        what = "preset demo uses no files; leave out --preset demo, or --data_root and --captions_json"
+        check(args.preset != "demo" or not own_files, "data_root", what)
+        cfg = preset_config(args.preset, stage, given)
+        check_finetuning(cfg.finetune_decoder_of, args.run_dir, stage)
+    except UserError as e:
+        parser.exit(2, f"error: {printable(e)}\n")
+    others = ", ".join(name for name in PRESETS if name != args.preset)
+    print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
+    return cfg, args
+
+
+def preset_config(preset, stage, given=()):
+    """A preset as a trainer sees it, with the settings that the user has given."""
+    return SDConfig(**(PRESETS[preset] | (VAE_PRESETS[preset] if stage == "vae" else {}) | dict(given)))
+
+
+def add_config_flags(parser, shown):
+    """One flag per field of SDConfig, spelled like the field; a flag not given leaves nothing behind.
+
+    shown: the SDConfig whose values --help shows.
+    """
+    for f in fields(SDConfig):
+        many, kind, value = isinstance(f.default, tuple), kind_of(f), getattr(shown, f.name)
+        text = "auto" if value is None else " ".join(map(str, value)) if many else value
+        options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {text})".replace("%", "%%"))
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, nargs="+" if many else None, metavar=kind.__name__, **options)
+
+
+def choose_preset(asked, given):
+    """The preset and the reason for it, in the words of the first line that a trainer prints."""
+    if asked:
+        return asked, "as --preset says"
+    if given.get("dataset") == "scenes":
+        return "demo", "because of --dataset scenes"
+    for name in ("dataset", "data_root", "captions_json"):
+        if name in given:
+            return "coco", f"because of --{name}"
+    captions = os.path.join(SDConfig.data_root, SDConfig.captions_json)
+    if os.path.exists(captions):
+        return "coco", f"because {captions} is there"
+    return "demo", f"because {captions} is not there; README.md says how to get COCO"
+
+
+def check_finetuning(source, run_dir, stage):
+    """--finetune_decoder_of is for train_vae.py, into a folder of its own."""
+    remedy = "is a flag of train_vae.py; leave it out: a U-Net of that VAE stays valid as it is"
+    check(stage == "vae" or not source, "finetune_decoder_of", remedy)
+    own_folder = not source or os.path.realpath(source) != os.path.realpath(run_dir)
+    check(own_folder, "run_dir", "holds the VAE to be finetuned, which must stay as it is; give another folder")
+
+
+def flags_to_hand_on(given):
+    """What of the command line of train_vae.py the U-Net of this VAE needs too -> [words]."""
+    words = []
+    for name, value in given.items():
+        if name not in VAE_TRAINING.split():
+            values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+            words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
+    return words
+
+
+# ---- Sampling -------------------------------------------------------------------------------------------
+
+
+def add_sampling_flags(parser):
+    """What sample.py and evaluate.py ask of diffusion.sample()."""
+    add = parser.add_argument
+    add("--steps", type=positive_int, help="denoising steps, at most T but for flow (default: the run's sample_steps)")
+    add("--sampler", choices=SAMPLERS, help="ddpm, ddim or dpmpp_2m; for flow euler or heun (default: ddpm, euler)")
+    add("--eta", type=float, default=0.0, help="randomness of ddim, 0 to 1 (default: 0)")
+    add("--guidance_scale", type=float, help="how much the prompt is exaggerated; 1 = not (default: the run's)")
+    interval = "part of the schedule to guide in: 0 is clean, 1 pure noise (default: the run's)"
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    add("--negative_prompt", default="", help="what guidance leads away from (default: the empty caption)")
+
+
+def sampling_options(args, cfg):
+    """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
+    steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
+    scale = cfg.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    low, high = args.guidance_interval or cfg.guidance_interval
+    ddim = "leave it out" if flow else "give --sampler ddim, or leave it out"
+    try:
+        check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
+        check(0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1")
+        check(args.eta == 0 or args.sampler == "ddim", "eta", f"is read by ddim alone; {ddim}")
+        check(abs(scale) <= LARGEST, "guidance_scale", f"{scale} is out of range; give a number")
+        rising = 0 <= low <= high <= 1
+        check(rising, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1")
+        acts = scale != 1 or not args.negative_prompt
+        check(acts, "negative_prompt", "acts by guidance alone; give a --guidance_scale above 1")
+        sampler = choose_sampler(cfg.prediction_type, args.sampler)
+    except UserError as e:
+        usage_error(e)
+    except ValueError as e:
+        usage_error(f"--sampler: {e}")
+    if scale != 1 and not cfg.caption_dropout:
+        print(
+            "warning: the run was trained without --caption_dropout; guidance has nothing to compare with",
+            file=sys.stderr,
+        )
+    return {
+        "num_steps": steps,
+        "sampler": sampler,
+        "eta": args.eta,
+        "guidance_scale": scale,
+        "negative_prompt": args.negative_prompt,
+        "guidance_interval": (low, high),
+    }

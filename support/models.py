@@ -1,1 +1,131 @@
-from checkpoint import check_text_encoder, load_models, load_vae, newest_run  # noqa: F401
+"""A run's trained models, checked and ready for use.
+
+What it is not: it trains nothing, and it does not choose a text encoder.
+"""
+
+import os
+import sys
+
+import torch
+
+from config import PRESETS
+from support.checkpoint import load_weights, manifest_path, most_bytes, newest_epoch_set, num_bytes, sets_of
+from support.errors import UserError
+from support.files import Damaged
+from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL
+
+VAE_SETTINGS = (
+    "image_size",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "normalize_latents",
+)
+
+
+def newest_run():
+    """The default run directory, runs/<preset>, in which train_unet.py saved an epoch last."""
+    saved = {}
+    for run_dir in (os.path.join("runs", preset) for preset in PRESETS):
+        for tag in [tag for tag in sets_of(run_dir, "unet") if "_" not in tag][:1]:
+            saved[os.path.getmtime(manifest_path(run_dir, "unet", tag))] = run_dir
+    if not saved:
+        raise UserError("--run_dir: no trained U-Net in runs/; run python train_vae.py and python train_unet.py")
+    return saved[max(saved)]
+
+
+def load_models(run_dir, ema, device, vae_dir=None):
+    """The newest epoch's models -> cfg, name of the U-Net's file, vae, unet, t_embedder, ready for use.
+
+    The VAE is the one that the U-Net was trained on, or that of vae_dir if only its decoder is another; UserError,
+    naming the file, if any is not as it was saved.
+    """
+    tag, manifest = newest_epoch_set(run_dir, "unet")
+    cfg, name = manifest["cfg"], f"{'ema_' if ema else ''}unet_ckpt{tag}"
+    made_from = manifest.get("made_from", {})
+    files, vae_file = manifest["files"] | made_from, os.path.basename(next(iter(made_from), "the VAE"))
+    models = []
+    for file, kind, size in (
+        (vae_file, AutoencoderKL, cfg),
+        (f"{name}.pth", UNetLatent, cfg),
+        (f"t_ember_ckpt{tag}.pth", TimeEmbedding, cfg.time_dim),
+    ):
+        if file not in files:
+            raise UserError(f"{manifest_path(run_dir, 'unet', tag)}: does not list {file}; train again")
+        try:
+            module = load_model(os.path.join(run_dir, file), files[file], kind, size)
+        except Damaged as e:
+            again = f"python train_unet.py --run_dir {run_dir} --overwrite"
+            retrained = f"; if train_vae.py has run again since, run {again}" if file == vae_file else ""
+            raise UserError(f"{e}{retrained}") from None
+        # leave requires_grad on: autocast then casts each weight once, not at each call
+        models.append(module.to(device).eval())
+    if vae_dir:
+        models[0] = load_other_decoder(vae_dir, cfg, models[0], device, run_dir)
+    return cfg, name, *models
+
+
+def load_model(path, entry, kind, size):
+    """A module of class `kind` with the weights of a file; Damaged if they are others."""
+    with torch.device("meta"):  # takes no memory, however large the manifest says it is
+        expected = num_bytes(kind(size))
+    if not expected <= entry["bytes"] <= most_bytes(expected):
+        raise Damaged(f"{path}: {entry['bytes']} bytes are not a {kind.__name__} of these settings; restore it")
+    module = kind(size)
+    load_weights(path, entry, module)
+    return module
+
+
+def load_other_decoder(vae_dir, cfg, own, device, run_dir):
+    """The VAE of vae_dir; UserError unless all of it but the decoder's weights is equal to `own`."""
+    vae, _ = load_vae(cfg, vae_dir, device, "--vae")
+    theirs, free = own.state_dict(), {f"decoder.{name}" for name, _ in vae.decoder.named_parameters()}
+    if not all(torch.equal(v, theirs[name]) for name, v in vae.state_dict().items() if name not in free):
+        raise UserError(
+            f"--vae {vae_dir}: its latents are not those that the U-Net in {run_dir} was trained on; give a run of "
+            f"train_vae.py --finetune_decoder_of {run_dir}"
+        )
+    return vae
+
+
+def check_text_encoder(run_dir, text_encoder):
+    """UserError if the newest U-Net was trained with other weights of the text encoder."""
+    tag, manifest = newest_epoch_set(run_dir, "unet")
+    if manifest.get("text") not in (None, text_encoder.key()):
+        path = manifest_path(run_dir, "unet", tag)
+        raise UserError(f"--text_encoder: not the weights that {path} was trained with; give the same ones")
+
+
+def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
+    """-> the run's VAE and {its file: size and SHA-256}; UserError if it is not finished or was made otherwise.
+
+    given: settings that the user has named; a data set other than the VAE's must be among them.
+    """
+    tag, manifest = newest_epoch_set(run_dir, "vae", flag)
+    theirs = manifest["cfg"]
+    for name in VAE_SETTINGS:
+        if getattr(theirs, name) != getattr(cfg, name):
+            lead = f"--{name}" if flag == "--run_dir" else f"{flag} {run_dir}: {name}"
+            raise UserError(
+                f"{lead}: {getattr(cfg, name)} here, but the VAE in {run_dir} was trained with {getattr(theirs, name)} "
+                f"(--preset {manifest.get('preset')}); give the same, or another {flag}"
+            )
+    if theirs.dataset != cfg.dataset:
+        if "dataset" not in given:
+            raise UserError(
+                f"--dataset: {cfg.dataset} here, but the VAE in {run_dir} was trained on {theirs.dataset}; give --dataset "
+                f"and its flags as for the VAE, or --dataset {cfg.dataset} if that is meant"
+            )
+        print(f"warning: the VAE was trained on --dataset {theirs.dataset}, this is for {cfg.dataset}", file=sys.stderr)
+    if theirs.held_out_combinations != cfg.held_out_combinations:
+        what = "the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it"
+        print(f"warning: {what}", file=sys.stderr)
+    if not manifest["finished"]:
+        raise UserError(f"{flag} {run_dir}: train_vae.py has not finished here; give its command again")
+    file = f"vae_ckpt_epoch{tag}.pth"
+    vae = AutoencoderKL(cfg)
+    load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
+    print(f"VAE: {os.path.join(run_dir, file)}")
+    return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}

@@ -1,1 +1,119 @@
-from training import Progress, append_csv, make_grid, plot_curves, png_bytes, read_csv, save_grid, show_progress, to_pil  # noqa: F401
+"""What a run shows: progress, tables, curves, pictures.
+
+What it is not: it measures nothing.
+"""
+
+import csv
+import io
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from support.files import write_file
+
+
+def progress_bar(what):
+    """-> start(total, done), for work that may have nothing left to do and then shows nothing."""
+    return lambda total, done: Progress(total, what, done)
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, otherwise a plain line now and then."""
+
+    def __init__(self, total, what, done=0, seconds_between_lines=10):
+        self.total, self.what, self.done, self.before, self.pause = total, what, done, done, seconds_between_lines
+        silent = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+        self.bar = tqdm(total=total, desc=what, initial=done, disable=silent or None, dynamic_ncols=True)
+        self.start = self.last = time.monotonic()
+
+    def update(self, count=1):
+        self.done += count
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last > self.pause or self.done == self.total):
+            self.last = now
+            rate = (self.done - self.before) / max(now - self.start, 1e-9)
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
+            print(f"{self.what}: {self.done}/{self.total or '?'}, {rate:.1f}/s{left}", flush=True)
+
+    def say(self, text):
+        """Print a line, above the bar if there is one."""
+        self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def append_csv(path, row):
+    """Append one row (a dict) to a CSV file, with a header if it is new."""
+    new = not os.path.exists(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row)
+    if new:
+        writer.writeheader()
+    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as f:
+            f.write(text.getvalue())
+    except OSError as e:  # a full disk does not say of which file
+        raise OSError(e.errno, e.strerror, path) from None
+
+
+def read_csv(path):
+    """A CSV of numbers -> {column: [float]}."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def plot_curves(path, panels):
+    """Draw {panel title: {label: (steps, values)}} side by side into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, no display needed
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items()):
+        for label, (xs, ys) in lines.items():
+            axis.plot(xs, ys, label=label, marker="." if len(xs) < 30 else None)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    plt.close(figure)
+    write_file(path, png.getvalue())
+
+
+def make_grid(images, columns, border=2):
+    """images: (N, 3, H, W) in [0, 1] -> (3, ...): `columns` pictures to a row, each in a black border [pixels]."""
+    n, c, h, w = images.shape
+    columns, border = min(columns, n), border if n > 1 else 0  # a single picture needs no frame
+    grid = torch.zeros(c, (n + columns - 1) // columns * (h + border) + border, columns * (w + border) + border)
+    for i, image in enumerate(images.float().cpu()):
+        top, left = i // columns * (h + border) + border, i % columns * (w + border) + border
+        grid[:, top : top + h, left : left + w] = image
+    return grid
+
+
+def save_grid(path, images, columns):
+    """images: (N, 3, H, W) in [0, 1] -> one PNG, `columns` pictures to a row."""
+    write_file(path, png_bytes(make_grid(images, columns)))
+
+
+def png_bytes(x, **options):
+    """x: (3, H, W) in [0, 1] -> the bytes of a PNG."""
+    data = io.BytesIO()
+    to_pil(x).save(data, format="PNG", **options)
+    return data.getvalue()
+
+
+def to_pil(x):
+    """x: (3, H, W) in [0, 1] -> PIL picture."""
+    return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
