@@ -110,8 +110,7 @@ def main():
 
     # ---- Done ----
     progress.close()
-    command = command_line("python", "sample.py", "--run_dir", run.dir, "--prompt", "a red sports car")
-    print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {command}")
+    print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
 
 
 def read_data(cfg, run, vae, text_encoder):
@@ -189,6 +188,10 @@ def draw_curves(run):
     }
     rates = {"learning rate": (train["step"], train["lr"])}
     show.plot_curves(run.path("unet_curves.png"), {"loss": losses, "learning rate": rates})
+
+
+def next_command(run):
+    return command_line("python", "sample.py", "--run_dir", run.dir, "--prompt", "a red sports car")
 
 
 if __name__ == "__main__":
