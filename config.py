@@ -53,7 +53,6 @@ class SDConfig:
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", 0)
     l1_weight: float = setting(0.0, "weight of the L1 reconstruction term; 0 = off", 0)
     ms_ssim_weight: float = setting(0.0, "weight of the MS-SSIM reconstruction term; 0 = off", 0)
-    normalize_latents: bool = setting(False, "shift and scale each latent channel to mean 0, variance 1, once trained")
     finetune_decoder_of: str = setting("", "run whose decoder train_vae.py goes on training; '' = a new VAE")
 
     # U-Net

@@ -1,202 +1,174 @@
-"""Measure a finished run: the figures of a trained model in README.md come from here.
+"""Measure a finished run.
 
   python evaluate.py                                    the newest of runs/<preset>
   python evaluate.py --run_dir runs/demo --ema --num_prompts 1024 --steps 50
 
-Prints a table; writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (evaluation_ema... with
---ema) to the run directory:
-  VAE          held-out MSE and PSNR, mean and std of the latents
-  loss         held-out, in ten bins of t, over the least that Gaussian latents of the training set's covariance
-               allow (1: as good as the best linear denoiser), and over that of white ones (what their variance tells)
-  captions     what the loss gains by another picture's caption, and by an empty one: near 0, the text is not heard
-  distances    Frechet and kernel distance of generated to real pictures, and of real to real ones: the floor
-  brightness   how much generated latents differ in their channel means, over how much those of training do
-  memorised    the training picture nearest to each generated one, beside that nearest to each held-out one
-  prompts      on scenes: a small classifier, trained here on freshly painted scenes of a series of its own, reads
-               subject, colour and place off pictures of prompts; its accuracy on real scenes is the most they can reach
-  composition  the same for combinations of the three that training never showed, after --held_out_combinations
-What it is not: nothing of the run is trained or changed, and the distances are no FID: on scenes their features are
-the classifier's; on photographs those of a random network, which notices wrong colours, textures and layouts but
-knows no objects. They compare runs on the same pictures, at the same number of pictures; --fid_and_clip has FID.
+Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema:
+evaluation_ema...) to the run directory:
+  VAE          MSE and PSNR of held-out pictures; mean and standard deviation of their latents
+  loss         of held-out pictures, divided by the least that Gaussian latents allow: with the covariance of training
+               (wiener; 1 is as good as the best linear denoiser), and with its mean variance alone (white)
+  captions     how much the loss rises with another picture's caption, or none; near 0, the text is not heard
+  distances    Frechet and kernel distance of generated to real pictures, and of other real ones to the same
+  channels     how much the channel means of generated latents vary, divided by how much those of training do
+  memorised    how near the nearest training picture is to generated ones, and to held-out ones
+  prompts      on scenes: how often a small classifier, trained here, reads the prompt's subject, colour and place off
+               the picture; its accuracy on real scenes is the most that is possible
+  composition  the same for combinations of the three that training never showed (--held_out_combinations)
+What it is not: the run is neither trained nor changed, and the distances are no FID. On scenes their features are the
+classifier's; on photographs those of a random network, which notices wrong colours, textures and layouts but knows no
+objects. They compare runs on the same pictures, at the same number of pictures. --fid_and_clip gives FID.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import metrics
-from checkpoint import check_text_encoder, load_models, newest_run, write_file
-from config import Parser, SDConfig, UserError, positive_int
-from data import Scenes, read_pictures, read_pictures_of
-from diffusion import configured_process, fitted_start, held_out_losses, levels, sample
+from diffusion import configured_process, held_out_losses, levels, sample
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, split_combinations
+from support import devices, errors, files, flags, models, show
 from text_encoder import make_text_encoder
-from training import (
-    Progress,
-    add_sampling_flags,
-    encode_pictures,
-    make_autocast,
-    pick_device,
-    run_script,
-    sampling_options,
-    save_grid,
-    seed_step,
-    show_progress,
-    to_float,
-)
-from vae import held_out_figures, num_together, reparameterize
+from training import seed_step
+from vae import held_out_figures, pictures_per_pass, reparameterize
 
 CLASSIFIER_SERIES, REAL_SERIES, PROMPT_SERIES = 101, 102, 103  # series of scenes that no training uses
 CLASSIFIER_SCENES, CLASSIFIER_EPOCHS, REAL_SCENES = 8192, 4, 1024
-CLASSIFIER_SIZE = 64  # pixels; larger pictures are reduced to it
+CLASSIFIER_SIZE = 64  # pixels; larger pictures are shrunk to it
 ATTRIBUTES = {"subject": list(SUBJECTS), "colour": list(COLOURS), "place": list(PLACES)}
-LOSS_BINS = 10
-LOSS_DRAWS = 4  # times and noises per held-out picture
-LATENT_NUMBERS = 2**24  # of the training latents that are looked at: bounds memory, and time without a GPU
+LOSS_BINS, LOSS_DRAWS = 10, 4  # bins of t; times and noises per held-out picture
+LATENT_NUMBERS = 2**24  # of the training latents that are looked at: bounds memory and time
+LARGEST_COVARIANCE = 4096  # numbers in a latent (256 pixels): beyond it the eigenvalues take hours
 NEAREST_SIZE, NEAREST_SHOWN = 16, 8  # side at which pictures are compared [pixels]; pairs in the PNG
 BATCH = 32  # prompts at a time
-
-
-class Model(NamedTuple):
-    """A trained run, ready to be measured."""
-
-    cfg: SDConfig
-    vae: nn.Module
-    unet: nn.Module
-    t_embedder: nn.Module
-    text_encoder: nn.Module
-    device: torch.device
-    autocast: Callable
 
 
 def main():
     # ---- Set-up ----
     args = parse_args()
-    run_dir = args.run_dir or newest_run()
-    model, name = load_run(run_dir, args)
-    cfg = model.cfg
-    options = sampling_options(args, cfg)
-    library = load_library(model.device) if args.fid_and_clip else None  # first, because it may not be there
-    asked = options | {"start": args.start, "pictures": args.num_prompts}
-    results = {"run_dir": run_dir, "model": name, "ema": args.ema, "sampling": asked}
-    files = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
+    run_dir, device = args.run_dir or models.newest_run(), devices.pick_device()
+    cfg, name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device)
+    encoder = make_text_encoder(args.text_encoder or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
+    models.check_text_encoder(run_dir, encoder.to(device).eval())
+    run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
+    run.autocast = devices.make_autocast(device, cfg.mixed_precision)
+    options = flags.sampling_options(args, cfg)
+    library = load_library(device) if args.fid_and_clip else None  # first, because it may not be there
 
     # ---- Data ----
-    train, _, held_out, captions = read_pictures_of(run_dir, cfg, args.data_root, show_progress)
+    train, _, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
     if len(train) < 2:
-        raise UserError(f"--run_dir {run_dir}: trained on one picture, whose variance is unknown; train on more")
-    some = train[: max(2, LATENT_NUMBERS // latent_numbers(cfg) // (2 if cfg.horizontal_flips else 1))]
-    latents = encode(model, torch.cat([some, some.flip(3)]) if cfg.horizontal_flips else some)
-    held_out_latents = encode(model, held_out)
-    if args.start == "fitted":
-        options["start"] = fitted_start(*metrics.latent_gaussian(*latents), configured_process(cfg))
+        raise errors.UserError(f"--run_dir {run_dir}: trained on one picture, which has no variance; train on more")
+    some = train[: max(2, LATENT_NUMBERS // math.prod(unet.latent_shape) // (2 if cfg.horizontal_flips else 1))]
+    latents = encode(run, torch.cat([some, some.flip(3)]) if cfg.horizontal_flips else some)
+    held_out_latents = encode(run, held_out)
     seen, unseen = split_combinations(cfg.held_out_combinations)
     if cfg.dataset == "scenes":
-        judge, prompts = train_classifier(cfg, model.device), scene_prompts(args.num_prompts, seen)
+        classifier, prompts = train_classifier(cfg, device), scenes_of(PROMPT_SERIES, args.num_prompts, seen)[0]
         real = paint_scenes(REAL_SERIES, max(REAL_SCENES, 2 * args.num_prompts), cfg, seen)
     else:
-        judge, prompts = random_classifier(held_out, model.device), caption_prompts(captions, args.num_prompts)
+        classifier, prompts = random_classifier(held_out, device), caption_prompts(captions, args.num_prompts)
         real = held_out
 
     # ---- VAE and denoiser ----
+    results = {"run_dir": run_dir, "model": name, "ema": args.ema}
+    results["sampling"] = options | {"pictures": args.num_prompts}
     seed_step(cfg.seed, 0)
-    results["vae"] = held_out_figures(model.vae, batches(held_out, model.device))
-    losses = caption_losses(model, held_out_latents, [several[0] for several in captions])
-    results["denoising"] = loss_over_bounds(*losses["matched"], latents, cfg)
-    results["captions"] = conditioning_gaps(losses)
+    results["vae"] = held_out_figures(vae, batches(held_out, device))
+    t, loss, gaps = caption_losses(run, held_out_latents, [several[0] for several in captions])
+    results |= {"denoising": loss_over_bounds(t, loss, latents, cfg), "captions": gaps}
 
     # ---- Generated pictures ----
-    pictures, z = generate(model, prompts, 0, options, "generate")
-    results["distances"] = distances(judge, pictures, real, model.device)
+    pictures, z = generate(run, prompts, 0, options, "generate")
+    results["distances"] = distances(classifier, pictures, real, device)
     results["channel_means"] = channel_means(z, held_out_latents, latents)
-    results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{files}_nearest.png")
+    stem = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
+    results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{stem}_nearest.png")
     if cfg.dataset == "scenes":
-        results["prompts"] = prompt_accuracy(judge, pictures, real, seen, model.device)
+        results["prompts"] = prompt_accuracy(classifier, pictures, real, seen, device)
     if cfg.held_out_combinations:
-        strange, _ = generate(model, scene_prompts(args.num_prompts, unseen), len(prompts), options, "generate unseen")
+        strange_prompts, _ = scenes_of(PROMPT_SERIES, args.num_prompts, unseen)
+        strange, _ = generate(run, strange_prompts, len(prompts), options, "generate unseen")
         real_strange = paint_scenes(REAL_SERIES, REAL_SCENES, cfg, unseen)
-        results["composition"] = prompt_accuracy(judge, strange, real_strange, unseen, model.device)
-    save_grid(f"{files}_samples.png", pictures[:64].float() / 255, columns=8)
-    write_file(f"{files}.json", json.dumps(results, indent=1).encode())
+        results["composition"] = prompt_accuracy(classifier, strange, real_strange, unseen, device)
+    show.save_grid(f"{stem}_samples.png", pictures[:64].float() / 255, columns=8)
+    files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
     if library:  # last, because downloads may fail
-        results["library"] = library_metrics(*library, pictures, real, prompts, model.device)
-        write_file(f"{files}.json", json.dumps(results, indent=1).encode())
-
-    # ---- Done ----
+        results["library"] = library_metrics(*library, pictures, real, prompts, device)
+        files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
     print(table(results))
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
-    parser.add_argument("--ema", action="store_true", help="measure the averaged weights")
-    parser.add_argument("--num_prompts", type=positive_int, default=256,
-                        help="pictures to generate, and as many of combinations held out (default: 256)")  # fmt: skip
-    add_sampling_flags(parser)
-    parser.add_argument("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
-    parser.add_argument("--data_root", help="where the pictures of the run are, if they have moved")
-    parser.add_argument("--fid_and_clip", action="store_true", help="FID and CLIP score too; needs torchmetrics")
+    parser = flags.Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
+    add("--ema", action="store_true", help="measure the averaged weights")
+    add("--num_prompts", type=flags.positive_int, default=256, help="pictures of each kind to generate (default: 256)")
+    flags.add_sampling_flags(parser)
+    add("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
+    add("--data_root", help="where the pictures of the run are, if they have moved")
+    add("--fid_and_clip", action="store_true", help="FID and CLIP score too; needs torchmetrics")
     args = parser.parse_args()
     if args.num_prompts < 2:
         parser.error("--num_prompts: 1 is out of range; give 2 or more")
     return args
 
 
-def load_run(run_dir, args):
-    """-> Model, name of the U-Net's file."""
-    device = pick_device()
-    cfg, name, vae, unet, t_embedder = load_models(run_dir, args.ema, device)
-    source = args.text_encoder or cfg.text_encoder
-    text_encoder = make_text_encoder(source, cfg.text_dim, cfg.text_length, cfg.text_encoder).to(device).eval()
-    check_text_encoder(run_dir, text_encoder)
-    autocast = make_autocast(device, cfg.mixed_precision)
-    return Model(cfg, vae, unet, t_embedder, text_encoder, device, autocast), name
-
-
-# ---- Between the model and its measures -----------------------------------------------------------------
-
-
-def latent_numbers(cfg):
-    return cfg.latent_channels * cfg.latent_size**2
-
-
-def encode(model, pixels):
-    return encode_pictures(model.vae, pixels, model.device, Progress(len(pixels), "encode pictures"))
-
-
-def caption_losses(model, latents, captions):
-    """-> {matched, shuffled, empty: (t, loss)}, (LOSS_DRAWS N,) each: held-out losses at the same z, t and noise,
-    differing only in the captions; picture i has the rows i, i + N, i + 2N ...
-    """
-    cfg, losses = model.cfg, {}
-    others = captions[1:] + captions[:1]  # the pictures are in no order, so the next one is any other
-    for kind, texts in {"matched": captions, "shuffled": others, "empty": [""] * len(captions)}.items():
-        seed_step(cfg.seed, 1)
-        z = torch.cat([reparameterize(*latents) for _ in range(LOSS_DRAWS)]).to(model.device)
-        t, loss = held_out_losses(model.unet, model.t_embedder, model.text_encoder, z, texts * LOSS_DRAWS,
-                                  configured_process(cfg), BATCH)  # fmt: skip
-        losses[kind] = t.cpu(), loss.cpu().double()
-    return losses
+def batches(pixels, device):
+    """uint8 pictures (N, 3, S, S) -> float32 (B, 3, S, S) in [-1, 1] on `device`, part by part."""
+    return (data.to_float(x, device) for x in pixels.split(pictures_per_pass(pixels[0, 0].numel())))
 
 
 @torch.no_grad()
-def generate(model, prompts, first_seed, options, what):
-    """One picture per prompt -> uint8 (N, 3, S, S), as a file would keep them, and their latents before decoding."""
-    pictures, latents, progress = [], [], Progress(len(prompts), what)
-    hook = model.vae.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0].cpu()))
+def encode(run, pixels):
+    """uint8 pictures (N, 3, S, S) -> mu, log_var: (N, C, s, s) each, on the CPU."""
+    progress, parts = show.Progress(len(pixels), "encode pictures"), []
+    for x in batches(pixels, run.device):
+        parts.append(torch.stack(run.vae.encode(x)).cpu())  # (2, B, C, s, s)
+        progress.update(len(x))
+    progress.close()
+    return torch.cat(parts, dim=1)
+
+
+def caption_losses(run, latents, captions):
+    """Held-out losses at times t -> t, loss: (LOSS_DRAWS N,) each; {shuffled, empty: what other captions cost more}.
+
+    All at the same z, t and noise; picture i has the rows i, i + N, i + 2N ... Standard errors are over pictures.
+    """
+    others = captions[1:] + captions[:1]  # the pictures are in no order, so the next one is any other
+    losses, gaps, networks = {}, {}, (run.unet, run.t_embedder, run.text_encoder)
+    for kind, texts in {"matched": captions, "shuffled": others, "empty": [""] * len(captions)}.items():
+        seed_step(run.cfg.seed, 1)
+        z = torch.cat([reparameterize(*latents) for _ in range(LOSS_DRAWS)]).to(run.device)
+        t, loss = held_out_losses(*networks, z, texts * LOSS_DRAWS, configured_process(run.cfg), BATCH)
+        losses[kind] = loss.cpu().double()
+    for kind in ("shuffled", "empty"):
+        gap = (losses[kind] - losses["matched"]).view(LOSS_DRAWS, -1).mean(dim=0)  # (N,)
+        error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else None
+        gaps[kind] = {"gap": gap.mean().item(), "standard_error": error}
+    return t.cpu(), losses["matched"], gaps
+
+
+@torch.no_grad()
+def generate(run, prompts, first_seed, options, what):
+    """One picture per prompt -> uint8 (N, 3, S, S), rounded as in a file, and their latents before decoding."""
+    pictures, latents, progress = [], [], show.Progress(len(prompts), what)
+    hook = run.vae.decoder.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0].cpu()))
+    networks, process = (run.unet, run.vae, run.t_embedder, run.text_encoder), configured_process(run.cfg)
     for i in range(0, len(prompts), BATCH):
         part = prompts[i : i + BATCH]
         seeds = range(first_seed + i, first_seed + i + len(part))
-        with model.autocast():
-            x = sample(model.unet, model.vae, model.t_embedder, model.text_encoder, part, num_samples=len(part),
-                       process=configured_process(model.cfg), seeds=seeds, **options)  # fmt: skip
+        with run.autocast():
+            x = sample(*networks, part, num_samples=len(part), seeds=seeds, process=process, **options)
         if not x.isfinite().all():
-            raise UserError("--run_dir: its U-Net gives values that are not numbers; train again with a lower --lr")
+            raise errors.UserError("--run_dir: its U-Net gives values that are not numbers; train with a lower --lr")
         pictures.append((255 * x).round().byte().cpu())
         progress.update(len(part))
     hook.remove()
@@ -204,176 +176,145 @@ def generate(model, prompts, first_seed, options, what):
     return torch.cat(pictures), torch.cat(latents)
 
 
-def scene_prompts(count, combinations):
-    return [full_caption(s.subject, s.colour, s.place) for s in scenes_of(PROMPT_SERIES, count, combinations)]
-
-
 def caption_prompts(captions, count):
-    """`count` captions of held-out pictures: the first of each picture, then the second ones, and so round."""
+    """`count` captions of held-out pictures: the first of each picture, then the second ones, and so on."""
     several = [captions[i % len(captions)] for i in range(count)]
     return [texts[i // len(captions) % len(texts)] for i, texts in enumerate(several)]
+
+
+def scenes_of(series, count, combinations=None):
+    """The first scenes of a series -> full captions; (count, 3) int64: the numbers of subject, colour and place."""
+    scenes = [make_scene(series, i, combinations) for i in range(count)]
+    labels = [[names.index(getattr(scene, a)) for a, names in ATTRIBUTES.items()] for scene in scenes]
+    return [full_caption(scene.subject, scene.colour, scene.place) for scene in scenes], torch.tensor(labels)
+
+
+def paint_scenes(series, count, cfg, combinations=None):
+    """The same scenes as pictures -> uint8 (count, 3, S, S)."""
+    scenes = data.Scenes(series, count, cfg.image_size, combinations)
+    return data.read_pictures(scenes, cfg, show.progress_bar(f"paint series {series}"))[0]
 
 
 # ---- Measures -------------------------------------------------------------------------------------------
 
 
 def loss_over_bounds(t, loss, latents, cfg):
-    """Losses at times t (N,), and latents of training (mu, log_var) -> dict: loss and its ratio to the two bounds,
-    mean and by bin of t, least noise first. wiener is None where latents are too large for their covariance.
+    """Losses at times t (N,), and latents of training (mu, log_var) -> dict: the loss, and its ratio to the bounds.
+
+    Means, and by bin of t, least noise first. wiener is None where latents are too large for their covariance.
     """
-    target, (a, b) = cfg.prediction_type, levels(configured_process(cfg), t)
+    (a, b), size = levels(configured_process(cfg), t), latents[0][0].numel()
     bins = (t * LOSS_BINS / cfg.timesteps).long()
-    figures = {"target": target, "mean": loss.mean().item(), "by_timestep": metrics.mean_by_bin(loss, bins, LOSS_BINS)}
-    figures |= {"latents": len(latents[0]), "latent_numbers": latent_numbers(cfg), "wiener": None}
+    by_bin = metrics.mean_by_bin(loss, bins, LOSS_BINS)
+    figures = {"target": cfg.prediction_type, "mean": loss.mean().item(), "by_timestep": by_bin}
+    figures |= {"latents": len(latents[0]), "latent_numbers": size, "wiener": None}
     eigenvalues = {"white": latents[0].double().var(dim=0).mean() + latents[1].double().exp().mean()}
-    if latent_numbers(cfg) <= metrics.LARGEST_COVARIANCE:
+    if size <= LARGEST_COVARIANCE:
         eigenvalues["wiener"] = torch.linalg.eigvalsh(metrics.latent_covariance(*latents)).clamp(min=0)
     for kind, values in eigenvalues.items():
-        bound = metrics.wiener_bound(a, b, values.reshape(-1), target)
-        by_bin = zip(figures["by_timestep"], metrics.mean_by_bin(bound, bins, LOSS_BINS))
-        figures[kind] = {"bound": bound.mean().item(), "ratio": (loss.mean() / bound.mean()).item(),
-                         "by_timestep": [v and v / w for v, w in by_bin]}  # fmt: skip
+        bound = metrics.wiener_bound(a, b, values.reshape(-1), cfg.prediction_type)
+        figures[kind] = {"bound": bound.mean().item(), "ratio": (loss.mean() / bound.mean()).item()}
+        pairs = zip(by_bin, metrics.mean_by_bin(bound, bins, LOSS_BINS))
+        figures[kind]["by_timestep"] = [v and v / least for v, least in pairs]
     return figures
 
 
-def conditioning_gaps(losses):
-    """-> {shuffled, empty: how much more that costs than the matched caption, and its standard error over pictures}."""
-    gaps = {}
-    for kind in ("shuffled", "empty"):
-        by_picture = (losses[kind][1] - losses["matched"][1]).view(LOSS_DRAWS, -1).mean(dim=0)
-        gaps[kind] = dict(zip(("gap", "standard_error"), metrics.mean_and_error(by_picture)))
-    return gaps
-
-
-def distances(judge, generated, real, device):
+@torch.no_grad()
+def distances(classifier, generated, real, device):
     """Distances of n generated to n real pictures, and of n other real ones to the same: the floor; {} without them."""
     n = min(len(generated), len(real) // 2)
     if n < 2:
         return {}
-    g, a, b = (features_of(judge, x, device) for x in (generated[:n], real[:n], real[n : 2 * n]))
-    return {"pictures": n, "frechet": metrics.frechet_distance(g, a), "frechet_floor": metrics.frechet_distance(b, a),
-            "kernel": metrics.kernel_distance(g, a), "kernel_floor": metrics.kernel_distance(b, a)}  # fmt: skip
+    sets = (generated[:n], real[:n], real[n : 2 * n])
+    g, a, b = (torch.cat([classifier(x)[0].cpu().double() for x in batches(pixels, device)]) for pixels in sets)
+    figures = {"pictures": n}
+    for name, distance in {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}.items():
+        figures |= {name: distance(g, a), f"{name}_floor": distance(b, a)}
+    return figures
 
 
 def channel_means(z, held_out, train):
-    """How much generated latents z (N, C, h, w) differ in brightness, over how much those of training do: variances of
-    the channels' means over pictures, summed over channels, and by channel. held_out: the same ratio for real pictures
-    not trained on. Latents, not pictures, because it is there that a schedule shows; as decoded, that is scaled and
-    clipped. held_out, train: (mu, log_var).
-    """
+    """Variance of the channels' means over pictures, of latents z (N, C, h, w) and of held-out ones, divided by that of
+    training latents. held_out, train: (mu, log_var)."""
     seed_step(CLASSIFIER_SERIES, 1)
     real, generated = (metrics.channel_mean_variances(x) for x in (reparameterize(*train), z))
-    other = metrics.channel_mean_variances(reparameterize(*held_out)) if len(held_out[0]) > 1 else None  # one has none
-    return {"ratio": (generated.sum() / real.sum()).item(), "by_channel": (generated / real).tolist(),
-            "held_out": None if other is None else (other.sum() / real.sum()).item()}  # fmt: skip
+    figures = {"ratio": (generated.sum() / real.sum()).item(), "by_channel": (generated / real).tolist()}
+    if len(held_out[0]) == 1:  # one picture has no variance
+        return figures | {"held_out": None}
+    other = metrics.channel_mean_variances(reparameterize(*held_out))
+    return figures | {"held_out": (other.sum() / real.sum()).item()}
 
 
 def memorisation(generated, held_out, train, cfg, path):
     """Root mean squared differences, in pixel values of [0, 1], to the nearest training picture at NEAREST_SIZE.
 
     nearer: share of the generated pictures that are nearer than the nearest 5 % of the held-out ones, about 0.05 if
-    nothing is memorised. path: PNG of the closest pairs, the generated picture left of the training picture.
+    nothing is memorised. path: PNG of the closest pairs, the generated picture on the left.
     """
 
     def chunks():
         for mirrored in (False, True) if cfg.horizontal_flips else (False,):
             for x in train.split(1024):
-                yield metrics.reduced(x.flip(3) if mirrored else x, NEAREST_SIZE)
+                yield metrics.shrink(x.flip(3) if mirrored else x, NEAREST_SIZE)
 
-    distance, number = metrics.nearest(metrics.reduced(generated, NEAREST_SIZE), chunks())
-    usual, _ = metrics.nearest(metrics.reduced(held_out, NEAREST_SIZE), chunks())
-    closest = distance.argsort()[:NEAREST_SHOWN]
-    n = len(train)
+    distance, number = metrics.nearest_rows(metrics.shrink(generated, NEAREST_SIZE), chunks())
+    usual, _ = metrics.nearest_rows(metrics.shrink(held_out, NEAREST_SIZE), chunks())
+    closest, n = distance.argsort()[:NEAREST_SHOWN], len(train)
     near = torch.stack([train[i] if i < n else train[i - n].flip(2) for i in number[closest].tolist()])
-    pairs = torch.stack([generated[closest], near], dim=1).flatten(0, 1)
-    save_grid(path, pairs.float() / 255, columns=4)
-    return {"nearer": (distance < usual.quantile(0.05)).float().mean().item(),
-            "generated": {"median": distance.median().item(), "least": distance.min().item()},
-            "held_out": {"median": usual.median().item(), "least": usual.min().item()}}  # fmt: skip
-
-
-def prompt_accuracy(judge, pictures, real, combinations, device):
-    """-> shares right of pictures of the prompts with these combinations, and of the real scenes with them."""
-    return {"num_prompts": len(pictures)} | {
-        kind: accuracy(judge, batches(x, device), scene_labels(series, len(x), combinations))
-        for kind, x, series in (("generated", pictures, PROMPT_SERIES), ("real", real, REAL_SERIES))
-    }
-
-
-def batches(pixels, device):
-    return (to_float(x, device) for x in pixels.split(num_together(pixels[0, 0].numel())))
+    show.save_grid(path, torch.stack([generated[closest], near], dim=1).flatten(0, 1).float() / 255, columns=4)
+    figures = {"nearer": (distance < usual.quantile(0.05)).float().mean().item()}
+    for kind, values in {"generated": distance, "held_out": usual}.items():
+        figures[kind] = {"median": values.median().item(), "least": values.min().item()}
+    return figures
 
 
 @torch.no_grad()
-def accuracy(classifier, batches, labels):
-    """batches of x (B, 3, H, W) in [-1, 1] -> share right, by attribute and with all three right."""
-    read = torch.cat([torch.stack([out.argmax(1) for out in classifier(x)], dim=1) for x in batches])
-    right = read == labels.to(read.device)
-    return {a: right[:, i].float().mean().item() for i, a in enumerate(ATTRIBUTES)} | {
-        "all": right.all(dim=1).float().mean().item()
-    }
+def prompt_accuracy(classifier, pictures, real, combinations, device):
+    """Shares right, by attribute and with all three right: of pictures of the prompts with these combinations, and of
+    real scenes with them."""
+    figures = {"num_prompts": len(pictures)}
+    for kind, pixels, series in (("generated", pictures, PROMPT_SERIES), ("real", real, REAL_SERIES)):
+        read = [torch.stack([out.argmax(1) for out in classifier(x)[1]], dim=1) for x in batches(pixels, device)]
+        right = torch.cat(read).cpu() == scenes_of(series, len(pixels), combinations)[1]  # (N, 3)
+        shares = torch.column_stack([right, right.all(dim=1)]).float().mean(dim=0)
+        figures[kind] = dict(zip((*ATTRIBUTES, "all"), shares.tolist()))
+    return figures
 
 
-# ---- The judge ------------------------------------------------------------------------------------------
+# ---- The classifier -------------------------------------------------------------------------------------
 
 
 class SceneClassifier(nn.Module):
-    """x: (B, 3, 64, 64) in [-1, 1] -> logits of subject, colour and place."""
+    """x: (B, 3, H, W) in [-1, 1] -> features (B, 256), and logits of subject, colour and place."""
 
     def __init__(self):
         super().__init__()
-        widths = (3, 32, 64, 128, 128)
-        layers = []
+        widths, layers = (3, 32, 64, 128, 128), []
         for a, b in zip(widths, widths[1:]):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU())  # (B, 256)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU())
         self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in ATTRIBUTES.values()])
 
-    def describe(self, x):
-        on = "cpu" if x.device.type == "mps" else x.device  # MPS shrinks by whole factors alone
-        return self.features(F.interpolate(x.to(on), CLASSIFIER_SIZE, mode="area").to(x.device))
-
     def forward(self, x):
-        h = self.describe(x)
-        return [head(h) for head in self.heads]
-
-
-@torch.no_grad()
-def features_of(judge, pixels, device):
-    """uint8 pictures (N, 3, S, S) -> the judge's features (N, 256), double, on the CPU."""
-    return torch.cat([judge.describe(x).cpu().double() for x in batches(pixels, device)])
-
-
-def scenes_of(series, count, combinations=None):
-    return [make_scene(series, i, combinations) for i in range(count)]
-
-
-def scene_labels(series, count, combinations=None):
-    """-> (count, 3) int64: subject, colour and place of the scenes of a series."""
-    scenes = scenes_of(series, count, combinations)
-    return torch.tensor([[names.index(getattr(s, a)) for a, names in ATTRIBUTES.items()] for s in scenes])
-
-
-def paint_scenes(series, count, cfg, combinations=None):
-    """-> uint8 (count, 3, S, S): the first scenes of a series."""
-    scenes = Scenes(series, count, cfg.image_size, combinations)
-    return read_pictures(scenes, cfg, show_progress(f"paint series {series}"))[0]
+        on = "cpu" if x.device.type == "mps" else x.device  # MPS shrinks by whole factors alone
+        h = self.features(F.interpolate(x.to(on), CLASSIFIER_SIZE, mode="area").to(x.device))
+        return h, [head(h) for head in self.heads]
 
 
 def train_classifier(cfg, device):
-    """Train on freshly painted scenes, a little noise added so that it does not lean on single pixels."""
-    labels = scene_labels(CLASSIFIER_SERIES, CLASSIFIER_SCENES).to(device)
+    """Train on freshly painted scenes, with a little noise, so that it does not rely on single pixels."""
+    labels = scenes_of(CLASSIFIER_SERIES, CLASSIFIER_SCENES)[1].to(device)
     pixels = paint_scenes(CLASSIFIER_SERIES, CLASSIFIER_SCENES, cfg)
     seed_step(CLASSIFIER_SERIES, 0)
     classifier = SceneClassifier().to(device)
     steps = CLASSIFIER_EPOCHS * len(pixels) // 64
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    progress = Progress(steps, "train classifier")
+    progress = show.Progress(steps, "train classifier")
     for _ in range(steps):
         index = torch.randint(len(pixels), (64,))
-        x = to_float(pixels[index], device)
-        logits = classifier(x + 0.1 * torch.randn_like(x))
+        x = data.to_float(pixels[index], device)
+        _, logits = classifier(x + 0.1 * torch.randn_like(x))
         loss = sum(F.cross_entropy(out, labels[index, i]) for i, out in enumerate(logits))
         optimizer.zero_grad()
         loss.backward()
@@ -386,106 +327,90 @@ def train_classifier(cfg, device):
 
 @torch.no_grad()
 def random_classifier(pixels, device):
-    """For photographs: the classifier untrained, its weights the same for every run, its BatchNorms set by `pixels`.
+    """For photographs: the untrained classifier, the same weights for every run, its BatchNorms set by `pixels`.
 
-    Without the latter its signal would drown in its biases. Naeem et al. 2020 (2002.09797) find random features
-    sensible far from ImageNet; features of the run's own VAE would change with the run that they are to judge.
+    Without those its signal would drown in its biases. Naeem et al. 2020 (2002.09797) find random features sensible far
+    from ImageNet; features of the run's own VAE would change with the run that they are to judge.
     """
     seed_step(CLASSIFIER_SERIES, 0)
-    judge = SceneClassifier().to(device)
-    for norm in (m for m in judge.modules() if isinstance(m, nn.BatchNorm2d)):
+    classifier = SceneClassifier().to(device)
+    for norm in (m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = 1.0  # running statistics: those of the one batch
-    judge.describe(to_float(pixels[: 8 * BATCH], device))
-    return judge.eval()
-
-
-# ---- By other people's weights --------------------------------------------------------------------------
+    classifier(data.to_float(pixels[: 8 * BATCH], device))
+    return classifier.eval()
 
 
 def load_library(device):
-    """torchmetrics' FID (Inception-v3) and CLIP score (CLIP ViT-L/14); UserError if they or their weights are not there.
-
-    Written from their documentation and tried only where they are missing: no weights could be had here.
-    """
+    """torchmetrics' FID (Inception-v3) and CLIP score (CLIP ViT-L/14), written from their documentation: no weights could
+    be had to try them. UserError if they or their weights are not there."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.multimodal.clip_score import CLIPScore
 
         return FrechetInceptionDistance().to(device), CLIPScore("openai/clip-vit-large-patch14").to(device)
     except Exception as e:  # missing packages and failed downloads raise many kinds
-        raise UserError(f"--fid_and_clip: {type(e).__name__}: {str(e)[:200]}; pip install torchmetrics torch-fidelity "
-                        "transformers, and see that their weights can be downloaded; or leave it out") from None  # fmt: skip
+        remedy = "pip install torchmetrics torch-fidelity transformers, and see that their weights can be downloaded"
+        why = f"{type(e).__name__}: {str(e)[:200]}"
+        raise errors.UserError(f"--fid_and_clip: {why}; {remedy}; or leave it out") from None
 
 
 @torch.no_grad()
 def library_metrics(fid, clip, pictures, real, prompts, device):
-    """uint8 pictures of prompts, and as many real ones where there are -> {"fid", "clip_score", "pictures"}."""
+    """uint8 pictures of prompts, and as many real ones if there are -> {"fid", "clip_score", "pictures"}."""
     for x in real[: len(pictures)].split(BATCH):
         fid.update(x.to(device), real=True)
     for i, x in enumerate(pictures.split(BATCH)):
         fid.update(x.to(device), real=False)
         clip.update(list(x.to(device)), prompts[i * BATCH : i * BATCH + len(x)])
-    return {
-        "fid": fid.compute().item(),
-        "clip_score": clip.compute().item(),
-        "pictures": [len(pictures), min(len(real), len(pictures))],
-    }
+    counts = [len(pictures), min(len(real), len(pictures))]
+    return {"fid": fid.compute().item(), "clip_score": clip.compute().item(), "pictures": counts}
 
 
-# ---- The table ------------------------------------------------------------------------------------------
+ROWS = """\
+VAE, held-out MSE | {vae[mse]:.4f} | PSNR {vae[psnr_db]:.1f} dB
+latent std | {vae[latent_std]:.3f} | mean {vae[latent_mean]:+.3f}
+loss ({denoising[target]}) | {denoising[mean]:.4f} |
+loss over white bound | {denoising[white][ratio]:.3f} | 1 is a loss of {denoising[white][bound]:.4f}
+loss over wiener bound | {denoising[wiener][ratio]:.3f} | 1 is a loss of {denoising[wiener][bound]:.4f}
+loss, shuffled - matched caption | {captions[shuffled][gap]:+.4f} | standard error {captions[shuffled][standard_error]:.4f}
+loss, empty - matched caption | {captions[empty][gap]:+.4f} | standard error {captions[empty][standard_error]:.4f}
+Frechet distance, n = {distances[pictures]} | {distances[frechet]:.4g} | real {distances[frechet_floor]:.4g}
+kernel distance, n = {distances[pictures]} | {distances[kernel]:.4g} | real {distances[kernel_floor]:.4g}
+channel-mean variance ratio | {channel_means[ratio]:.3f} | real {channel_means[held_out]:.3f}
+nearest training picture, median | {memorisation[generated][median]:.4f} | real {memorisation[held_out][median]:.4f}
+nearer than 5 % of real ones | {memorisation[nearer]:.1%} | 5.0%
+prompts, * right | {prompts[generated][*]:.1%} | real {prompts[real][*]:.1%}
+composition, * right | {composition[generated][*]:.1%} | real {composition[real][*]:.1%}
+FID, n = {library[pictures][0]} and {library[pictures][1]} real | {library[fid]:.4g} | lower with more pictures
+CLIP score, n = {library[pictures][0]} | {library[clip_score]:.2f} |
+"""  # name, figure, what to compare it with; a row with * stands for four
 
 
 def table(results):
-    """All figures as one text: what was measured, and what to hold it against."""
-    sampling, denoising = results["sampling"], results["denoising"]
-    title = f"{results['run_dir']}, {results['model']}: " + ", ".join(f"{k} {v}" for k, v in sampling.items())
-    rows = [("", "measured", "to compare with"), *loss_rows(results), *picture_rows(results)]
-    lines = [f"{what:34}{measured:>10}   {compare}".rstrip() for what, measured, compare in rows]
-    lines += ["by timestep, least noise first", by_bin("loss", denoising["by_timestep"], 4)]
-    lines += [by_bin(f"over {k}", denoising[k]["by_timestep"], 2) for k in ("white", "wiener") if denoising[k]]
-    return "\n".join([title, *lines])
+    """All figures as one text: what was measured, and what to compare it with."""
+    asked = ", ".join(f"{k} {v}" for k, v in results["sampling"].items())
+    lines = [f"{results['run_dir']}, {results['model']}: {asked}", f"{'':34}{'measured':>10}   to compare with"]
+    for row in ROWS.splitlines():
+        for attribute in (*ATTRIBUTES, "all") if "*" in row else ("",):
+            what, measured, compare = (fill(cell, results) for cell in row.replace("*", attribute).split("|"))
+            lines += [f"{what:34}{measured:>10}   {compare}".rstrip()] if measured else []
+    lines.append("by timestep, least noise first")
+    denoising = results["denoising"]
+    bins = {"loss": denoising} | {f"over {kind}": denoising[kind] for kind in ("white", "wiener") if denoising[kind]}
+    for what, figures in bins.items():
+        form = "6.4f" if what == "loss" else "6.2f"
+        cells = (f"{'-':>6}" if v is None else f"{v:{form}}" for v in figures["by_timestep"])
+        lines.append(f"{what:12}" + " ".join(cells))
+    return "\n".join(lines)
 
 
-def loss_rows(results):
-    vae, denoising = results["vae"], results["denoising"]
-    yield "VAE, held-out MSE", f"{vae['mse']:.4f}", f"PSNR {vae['psnr_db']:.1f} dB"
-    yield "latent std", f"{vae['latent_std']:.3f}", f"mean {vae['latent_mean']:+.3f}"
-    yield f"loss ({denoising['target']})", f"{denoising['mean']:.4f}", ""
-    for kind in (kind for kind in ("white", "wiener") if denoising[kind]):
-        bound = denoising[kind]
-        yield f"loss over {kind} bound", f"{bound['ratio']:.3f}", f"1 is a loss of {bound['bound']:.4f}"
-    for kind, gap in results["captions"].items():
-        error = "" if gap["standard_error"] is None else f"standard error {gap['standard_error']:.4f}"
-        yield f"loss, {kind} - matched caption", f"{gap['gap']:+.4f}", error
-
-
-def picture_rows(results):
-    distances, means, nearest = (results[k] for k in ("distances", "channel_means", "memorisation"))
-    if distances:
-        yield f"Frechet distance, n = {distances['pictures']}", *pair(distances, "frechet", "frechet_floor", "{:.4g}")
-        yield f"kernel distance, n = {distances['pictures']}", *pair(distances, "kernel", "kernel_floor", "{:.4g}")
-    yield "channel-mean variance ratio", *pair(means, "ratio", "held_out", "{:.3f}")
-    medians = {kind: nearest[kind]["median"] for kind in ("generated", "held_out")}
-    yield "nearest training picture, median", *pair(medians, "generated", "held_out", "{:.4f}")
-    yield "nearer than 5 % of real ones", f"{nearest['nearer']:.1%}", "5.0%"
-    for kind in (kind for kind in ("prompts", "composition") if kind in results):
-        for a in (*ATTRIBUTES, "all"):
-            shares = {who: results[kind][who][a] for who in ("generated", "real")}
-            yield f"{kind}, {a} right", *pair(shares, "generated", "real", "{:.1%}")
-    if library := results.get("library"):
-        generated, real = library["pictures"]
-        yield f"FID, n = {generated} and {real} real", f"{library['fid']:.4g}", "lower with more pictures"
-        yield f"CLIP score, n = {generated}", f"{library['clip_score']:.2f}", ""
-
-
-def pair(figures, measured, real, form):
-    """-> the second and third column: a figure, and the same of real pictures."""
-    return form.format(figures[measured]), "" if figures[real] is None else f"real {form.format(figures[real])}"
-
-
-def by_bin(what, values, digits):
-    return f"{what:12}" + " ".join(f"{'-':>6}" if v is None else f"{v:6.{digits}f}" for v in values)
+def fill(cell, results):
+    """A cell of the table with its figures, or nothing if they were not measured."""
+    try:
+        return cell.strip().format(**results)
+    except (KeyError, TypeError):
+        return ""
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run_script(main)

@@ -1,40 +1,38 @@
-"""Captions to token embeddings (B, L, 512): the frozen CLIP text tower, or an embedded stand-in without files.
+"""Captions to token embeddings (B, L, dim): the frozen text tower of CLIP, or an embedded stand-in that needs no files.
 
-What it is not: nothing here is trained, and nothing knows the U-Net. Both encoders have one interface:
-encoder(prompts) -> (B, L, dim), and the empty caption "" is the null caption.
+What it is not: nothing here is trained or knows the U-Net. For both encoders the empty caption "" is the null caption.
+The file imports nothing of the project, because exported folders hold a copy of it.
 
 Papers:
   Radford et al. 2021, CLIP (arXiv 2103.00020), section 2.4: the text tower
   Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.3: token embeddings as condition
 """
 
+import contextlib
 import hashlib
-import json
 import os
-import re
 import sys
 import threading
 import unicodedata
-import urllib.request
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 CLIP_NAME = "openai/clip-vit-base-patch32"
-CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so the weights cannot change under us
-MOST_WARNINGS = 5  # a set of captions can hold thousands that are too long
-HUB_TIMEOUT = 6  # seconds to wait for the hub before saying that it cannot be reached
+CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so that the weights cannot change
+MOST_WARNINGS = 5  # thousands of captions may be too long
+HUB_TIMEOUT = 6  # seconds to wait for the hub before giving up
 PROBE_TEXT, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 class ClipTextEncoder(nn.Module):
-    """The text tower of CLIP ViT-B/32, frozen; last hidden states after the final layer norm.
+    """CLIP ViT-B/32, frozen: the last hidden states after the final layer norm.
 
     source: the model's name on the hub, or a directory with config.json, weights and tokenizer files.
-    prompts: list of B strings -> (B, 77, 512) float32, padded with the end token, as Hugging Face's tokenizer does (CLIP's
-    own code pads with 0). There is no attention mask: the U-Net sees the padding too.
-    Raises OSError, in one line, if the model or a whole tokenizer cannot be had.
+    prompts: list of B strings -> (B, 77, 512) float32. Shorter prompts are padded with the end token, as Hugging Face's
+    tokenizer does (CLIP's own code pads with 0). There is no attention mask: the U-Net sees the padding too.
+    Raises OSError with a one-line message if the model or its tokenizer is missing, incomplete or another one.
     """
 
     max_length = 77
@@ -46,42 +44,40 @@ class ClipTextEncoder(nn.Module):
         self.model.eval().requires_grad_(False)
 
     def key(self):
-        """What the embeddings depend on, for caches: the weights, what the config says of their use, the tokenizer."""
-        digest = hashlib.sha256()
+        """What the embeddings depend on, to name caches by: the weights, how the config has them used, the tokenizer."""
+        digest, config = hashlib.sha256(), self.model.config
         for value in self.model.state_dict().values():
             digest.update(value.cpu().contiguous().numpy())
-        config = self.model.config
         digest.update(repr([config.hidden_act, config.layer_norm_eps, config.num_attention_heads]).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return {"clip": digest.hexdigest()}
 
     def tokenize(self, prompts):
-        """Token ids (B, 77); says once on stderr what did not fit. Special tokens written in a prompt are plain text."""
+        """-> token ids (B, 77). A special token written out in a prompt is plain text; what is cut off is warned about."""
         end, rows = self.tokenizer.eos_token_id, []
         for prompt, ids in zip(prompts, self.tokenizer(prompts, split_special_tokens=True).input_ids):
             if len(ids) > self.max_length:
                 _warn_once(self.warned, prompt, self.tokenizer.decode(ids[self.max_length - 1 : -1]), self.max_length)
-            ids = ids[: self.max_length - 1] + [end] if len(ids) > self.max_length else ids
+                ids = ids[: self.max_length - 1] + [end]
             rows.append(ids + [end] * (self.max_length - len(ids)))
         return torch.tensor(rows)
 
     @torch.no_grad()
     def forward(self, prompts):
-        ids, device = self.tokenize([_printable(p) for p in prompts]), self.model.device
-        if device.type == "cuda":  # from other memory it would wait for all that the GPU has to do before
+        # lone surrogates, which JSON can hold and the tokenizer refuses, become question marks
+        prompts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]
+        ids, device = self.tokenize(prompts), self.model.device
+        if device.type == "cuda":  # copying from pinned memory does not wait for the GPU's earlier work
             ids = ids.pin_memory().to(device, non_blocking=True)
         return self.model(input_ids=ids.to(device)).last_hidden_state.float()
 
 
 class WordHashTextEncoder(nn.Module):
-    """Each lower-cased word becomes a fixed Gaussian vector drawn from its hash, plus one for its position.
+    """Each lower-cased word becomes a fixed Gaussian vector, drawn from the word's hash, plus one for its position.
 
     prompts: list of B strings -> (B, max_length, dim) float32; unused positions are zero, so "" is all zero.
-
-    It needs no files and no training, and tells words apart: two of a thousand random vectors of 512 numbers
-    have a cosine of at most about 0.2. That is all it does. It knows no synonyms ("automobile" is as far from
-    "car" as from "banana"), no plurals, no grammar beyond word positions, and a word that was in no training
-    caption is noise to the U-Net.
+    All it does is tell words and their order apart. It knows no synonyms ("automobile" is as far from "car" as from
+    "banana") and no plurals, and a word that is in no training caption is noise to the U-Net.
     """
 
     POSITION_WEIGHT = 0.25  # small, so that a word is mostly itself wherever it stands
@@ -89,55 +85,54 @@ class WordHashTextEncoder(nn.Module):
     def __init__(self, dim=512, max_length=77):
         super().__init__()
         self.dim, self.max_length = dim, max_length
-        self.vectors, self.warned = {}, set()  # word or position -> (dim,), filled as they come up
+        self.vectors, self.warned = {}, set()  # vectors: of each word and position met so far, (dim,)
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def key(self):
-        """What the embeddings depend on, for caches; a change of encode() raises the number."""
+        """What the embeddings depend on, to name caches by. Raise the number when forward() changes."""
         return {"hash": 1, "dim": self.dim, "max_length": self.max_length}
 
     def vector(self, key):
         if key not in self.vectors:
             seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:4], "little")
-            # RandomState's stream is frozen by NumPy's promise: the same vector on every machine and version
+            # NumPy promises never to change RandomState's numbers: the same vector on every machine and version
             self.vectors[key] = torch.from_numpy(np.random.RandomState(seed).randn(self.dim)).float()
         return self.vectors[key]
 
-    def encode(self, prompt):
-        words = words_of(prompt)
-        if len(words) > self.max_length:
-            _warn_once(self.warned, prompt, " ".join(words[self.max_length :]), self.max_length)
-        out = torch.zeros(self.max_length, self.dim)
-        for i, word in enumerate(words[: self.max_length]):
-            out[i] = self.vector(f"word {word}") + self.POSITION_WEIGHT * self.vector(f"position {i}")
-        return out
-
     def forward(self, prompts):
-        return torch.stack([self.encode(p) for p in prompts]).to(self.device_marker.device)
+        out = torch.zeros(len(prompts), self.max_length, self.dim)
+        for row, prompt in zip(out, prompts):
+            words = words_of(prompt)
+            if len(words) > self.max_length:
+                _warn_once(self.warned, prompt, " ".join(words[self.max_length :]), self.max_length)
+            for i, word in enumerate(words[: self.max_length]):
+                row[i] = self.vector(f"word {word}") + self.POSITION_WEIGHT * self.vector(f"position {i}")
+        return out.to(self.device_marker.device)
 
 
 def words_of(prompt):
-    """Lower-cased words: letters and digits, and the marks that tell words apart in many scripts."""
-    text = unicodedata.normalize("NFC", prompt.lower())  # one form of what can be written as letter and mark, or as one
+    """Lower-cased words of letters, digits and underscores, with the marks that many scripts put on letters."""
+    text = unicodedata.normalize("NFC", prompt.lower())  # an accented letter can be written as one character or as two
     kept = (c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
-    return [word for word in "".join(kept).split() if re.search(r"\w", word)]
+    return [word for word in "".join(kept).split() if any(c.isalnum() or c == "_" for c in word)]
 
 
 def make_text_encoder(source, dim, max_length, trained_with=None):
-    """source: "clip", "hash" or a directory (--text_encoder); raises OSError if it cannot be had as asked.
+    """source: "clip", "hash" or a directory (--text_encoder). Raises OSError with a one-line message if it cannot be used.
 
-    trained_with: what the U-Net was trained with, if that is not `source`; the two kinds cannot stand in for each other.
+    trained_with: the source that the U-Net was trained with, if another; CLIP and hash cannot stand in for each other.
     """
     if trained_with is not None and (source == "hash") != (trained_with == "hash"):
-        raise OSError(f"--text_encoder: {source}: the run was trained with {trained_with}, whose embeddings are others; "
-                      "leave the flag out")  # fmt: skip
+        what = f"the run was trained with {trained_with}, whose embeddings are others"
+        raise OSError(f"--text_encoder: {source}: {what}; leave the flag out")
     if source == "hash":
         return WordHashTextEncoder(dim, max_length)
     encoder = ClipTextEncoder(CLIP_NAME if source == "clip" else source)
-    found = (encoder.model.config.hidden_size, encoder.max_length)
-    if found != (dim, max_length):
-        raise OSError(f"--text_encoder: {encoder.source}: gives {found[1]} tokens of {found[0]} numbers, the settings "
-                      f"say {max_length} of {dim}; train with --text_length {found[1]} --text_dim {found[0]}")  # fmt: skip
+    found_dim, found_length = encoder.model.config.hidden_size, encoder.max_length
+    if (found_dim, found_length) != (dim, max_length):
+        what = f"gives {found_length} tokens of {found_dim} numbers, the settings say {max_length} of {dim}"
+        remedy = f"train with --text_length {found_length} --text_dim {found_dim}"
+        raise OSError(f"--text_encoder: {encoder.source}: {what}; {remedy}")
     return encoder
 
 
@@ -152,96 +147,84 @@ def _warn_once(warned, prompt, left_out, max_length):
     print(f"warning: {what}", file=sys.stderr)
 
 
-def _printable(prompt):
-    """Lone surrogates, which JSON can smuggle in and the tokenizer refuses, become question marks."""
-    return prompt.encode("utf-8", "replace").decode("utf-8")
-
-
 class _Unusable(Exception):
-    """Why a CLIP text model cannot be had."""
+    """Why a CLIP text model cannot be used."""
 
 
 def _load_clip(source):
-    """-> (tokenizer, text model). OSError, in one line, if they cannot be had."""
+    """-> tokenizer, text model: from a directory, else from the hub's cache, else from the hub. OSError if unusable."""
     try:
-        return _find_clip(source)
-    except _Unusable as e:
-        raise OSError(f"--text_encoder: CLIP text model {source}: {e}; give --text_encoder DIR with a downloaded copy, or "
-                      "--text_encoder hash for the embedded encoder") from None  # fmt: skip
-
-
-def _find_clip(source):
-    """-> (tokenizer, text model): a directory as it is, else the cache of the hub, else the hub."""
-    if os.path.isdir(source):
-        _refuse_code(source)
-        return _from_pretrained(source, local_files_only=True)
-    if source != CLIP_NAME:
-        raise OSError(f"--text_encoder: {source}: no such directory; give clip, hash, or a directory")
-    try:
-        return _from_pretrained(source, revision=CLIP_REVISION, local_files_only=True)
-    except _Unusable as e:
-        _refuse_broken_cache(e)
-    _ask_hub()
-    return _from_pretrained(source, revision=CLIP_REVISION)
-
-
-def _refuse_code(folder):
-    """A directory may name Python files of its own to be run (auto_map): never, and nobody is asked about it either."""
-    for name in ("config.json", "tokenizer_config.json"):
+        if os.path.isdir(source):
+            _refuse_custom_code(source)
+            return _from_pretrained(source, local_files_only=True)
+        if source != CLIP_NAME:
+            raise OSError(f"--text_encoder: {source}: no such directory; give clip, hash, or a directory")
         try:
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                asks = "auto_map" in json.load(f)
-        except (OSError, ValueError, TypeError, RecursionError):  # missing or broken, which the loading will say
-            continue
-        if asks:
-            raise _Unusable(f"its {name} asks to run custom code (auto_map), which is never done")
+            return _from_pretrained(source, revision=CLIP_REVISION, local_files_only=True)
+        except _Unusable as e:
+            _refuse_damaged_cache(e)
+        _ask_hub()
+        return _from_pretrained(source, revision=CLIP_REVISION)
+    except _Unusable as e:
+        remedy = "give --text_encoder DIR with a downloaded copy, or --text_encoder hash for the embedded encoder"
+        raise OSError(f"--text_encoder: CLIP text model {source}: {e}; {remedy}") from None
 
 
-def _refuse_broken_cache(reason):
-    """Where every file is in the hub's cache and still they do not load, the hub cannot help: it sends no file twice."""
-    from huggingface_hub import try_to_load_from_cache
+def _refuse_custom_code(folder):
+    """Its configs may ask transformers to run Python files of the folder, or to ask the user whether to run them."""
+    for name in ("config.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb") as f:
+            if b'"auto_map"' in f.read():
+                raise _Unusable(f"its {name} asks to run custom code (auto_map), which is never done")
+
+
+def _refuse_damaged_cache(reason):
+    """If all files are in the hub's cache and the model still does not load, the hub cannot help: it sends none twice."""
+    from huggingface_hub import constants
+
+    folder = os.path.join(constants.HF_HUB_CACHE, f"models--{CLIP_NAME.replace('/', '--')}")
 
     def there(name):
-        return isinstance(try_to_load_from_cache(CLIP_NAME, name, revision=CLIP_REVISION), str)
+        return os.path.isfile(os.path.join(folder, "snapshots", CLIP_REVISION, name))
 
     if there("config.json") and there("tokenizer.json") and (there("model.safetensors") or there("pytorch_model.bin")):
-        path = try_to_load_from_cache(CLIP_NAME, "config.json", revision=CLIP_REVISION)
-        folder = os.path.dirname(path[: path.rindex("snapshots")])  # the files themselves lie beside the snapshots
-        raise OSError(f"--text_encoder: {folder}: the downloaded CLIP text model is damaged ({reason}); delete this "
-                      "folder, and the same command downloads it anew")  # fmt: skip
+        what = f"the downloaded CLIP text model is damaged ({reason})"
+        raise OSError(f"--text_encoder: {folder}: {what}; delete this folder, and the same command downloads it anew")
 
 
 def _from_pretrained(source, **where):
-    # imported here: seconds that users of the embedded encoder need not wait
-    from transformers import AutoTokenizer, CLIPTextModel, logging
+    from transformers import AutoTokenizer, CLIPTextModel, logging  # takes seconds that the embedded encoder saves
 
     where["trust_remote_code"] = False
-    # else transformers asks the hub, in a thread of its own, for a conversion of weights that are here already
+    # keeps transformers from asking the hub, in a thread, to convert weights that are here already
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the file also holds the image tower, and transformers would list what we leave out
+    logging.set_verbosity_error()  # the weights include the image tower, whose every tensor would be reported as unused
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model, info = CLIPTextModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **where)
     except MemoryError:
         raise
-    except Exception as e:  # the library raises many kinds, and each means that this model cannot be had
+    except Exception as e:  # transformers raises many kinds; each means that this model cannot be used
         raise _Unusable(str(e).split("\n")[0] or type(e).__name__) from None
     finally:
         logging.set_verbosity(verbosity)
+    config = model.config
     if info["missing_keys"]:
         raise _Unusable(f"its weights lack {min(info['missing_keys'])}")
-    if model.config.max_position_embeddings < ClipTextEncoder.max_length:
-        raise _Unusable(f"takes {model.config.max_position_embeddings} tokens, not {ClipTextEncoder.max_length}")
-    if model.config.vocab_size < len(tokenizer):
-        raise _Unusable(f"knows {model.config.vocab_size} tokens, its tokenizer {len(tokenizer)}")
+    if config.max_position_embeddings < ClipTextEncoder.max_length:
+        raise _Unusable(f"takes {config.max_position_embeddings} tokens, not {ClipTextEncoder.max_length}")
+    if config.vocab_size < len(tokenizer):
+        raise _Unusable(f"knows {config.vocab_size} tokens, its tokenizer {len(tokenizer)}")
     if tokenizer(PROBE_TEXT).input_ids != PROBE_IDS:
         raise _Unusable("its tokenizer is not CLIP's or not whole (tokenizer.json)")
     return tokenizer, model
 
 
 def _ask_hub():
-    """One quick question to the hub: the library itself would try again and again for minutes."""
+    """Ask the hub one quick question; transformers would try again and again for minutes."""
+    import urllib.request
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -256,7 +239,7 @@ def _ask_hub():
         except Exception as e:  # name look-up, proxies and captive portals fail in many ways
             answer.append(f" ({type(e).__name__}: {e})")
 
-    # a thread, because the time-out of urlopen bounds neither the look-up of the name nor a list of addresses
+    # in a thread, because urlopen's time-out does not cover the look-up of the name and holds for each address anew
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)

@@ -20,7 +20,7 @@ from support import checkpoint, devices, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import run_script
 from support.signals import command_line
-from vae import AutoencoderKL, held_out_figures, measure_latents, pictures_per_pass, vae_loss
+from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
 GRID_PICTURES = 8
 COMPILE_PAYS = 2_200  # steps on CUDA that win back what compiling takes, from what both took on an H200
@@ -93,8 +93,6 @@ def main():
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_reconstructions(vae, held_out, device, cfg, run, epoch)
             draw_curves(run)
-            if epoch == plan.last_epoch and cfg.normalize_latents and not cfg.finetune_decoder_of:
-                normalize(vae, pixels, device, cfg)
         state.epoch = epoch
         if epoch % cfg.save_every == 0 or epoch == plan.last_epoch:
             run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
@@ -163,25 +161,6 @@ def draw_curves(run):
         "latents, held-out": latents,
     }
     show.plot_curves(run.path("vae_curves.png"), panels)
-
-
-def normalize(vae, pixels, device, cfg):
-    """Measure the latents on the middle of each training picture; on all of it without cfg.random_crop, or with
-    cfg.random_scale."""
-    progress = show.Progress(len(pixels), "measure latents")
-    side = pixels.shape[-1] if cfg.random_scale else cfg.image_size
-    corner = (pixels.shape[-1] - side) // 2
-
-    def batches():
-        for index in torch.arange(len(pixels)).split(pictures_per_pass(cfg.image_size**2)):
-            crops = torch.tensor([[corner, corner, side, 0]]).expand(len(index), 4)
-            yield data.to_float(data.crop_pictures(pixels, index, crops, cfg.image_size), device)
-            progress.update(len(index))
-
-    measure_latents(vae, batches())
-    progress.close()
-    for name in ("latent_mean", "latent_std"):
-        print(f"{name} by channel:", *(f"{v:.3f}" for v in getattr(vae.decoder, name).flatten().tolist()))
 
 
 def next_command(cfg, args):

@@ -1,7 +1,7 @@
-"""The denoiser: a U-Net on latents, told the noise level by an embedding and the caption by cross-attention.
+"""The denoiser: a U-Net on latents. An embedding tells it the noise level, cross-attention tells it the caption.
 
-What it is not: it knows no noise schedule, no guidance and no text encoder; it maps (z_t, embedded t,
-embedded caption) to a prediction: of the noise in z_t, or of another target that diffusion.py trains it for.
+What it is not: it knows no noise schedule, no guidance and no text encoder. It maps (z_t, embedded t, embedded caption)
+to a prediction: of the noise in z_t, or of another target that diffusion.py trains it for.
 
 Papers:
   Ronneberger et al. 2015, U-Net (arXiv 1505.04597)
@@ -10,12 +10,13 @@ Papers:
   Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.3: cross-attention conditioning
   Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202), Eq. 6: GEGLU
 
-Module names and block structure are those of diffusers' UNet2DConditionModel with
-only_cross_attention = (True, ..., True, False): image self-attention lives at the lowest resolution alone,
-every other attention looks at the caption. TimeEmbedding holds what is `time_embedding.*` there.
+Modules are named and built as in diffusers' UNet2DConditionModel with only_cross_attention = (True, ..., True, False):
+the image attends to itself at the lowest resolution alone; every other attention looks at the caption. TimeEmbedding is
+`time_embedding` there.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -23,10 +24,9 @@ import torch.nn.functional as F
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep through a two-layer MLP.
+    """Sinusoids of the timestep, then a two-layer MLP. t: (B,) int or float, counted from 0 -> (B, dim).
 
-    t: (B,) integer or float timesteps, 0-based -> (B, dim). The sinusoids are dim / 4 wide
-    (cosines first, wavelengths from 2 pi to almost 10,000 * 2 pi; DDPM appendix B).
+    dim / 8 cosines, then as many sines; wavelengths from 2 pi to almost 10,000 * 2 pi steps (DDPM, appendix B).
     """
 
     def __init__(self, dim):
@@ -49,11 +49,12 @@ class ResnetBlock(nn.Module):
     x: (B, in_channels, H, W), t_emb: (B, time_dim) -> (B, out_channels, H, W).
     """
 
-    def __init__(self, in_channels, out_channels, time_dim, groups):
+    def __init__(self, in_channels, out_channels, cfg):
         super().__init__()
+        groups = cfg.unet_norm_num_groups
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.time_emb_proj = nn.Linear(cfg.time_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -67,7 +68,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from tokens x to tokens `context` (Vaswani et al., Eq. 1).
+    """Multi-head attention from tokens x to tokens `context` (Vaswani et al., section 3.2.2).
 
     x: (B, N, dim), context: (B, M, context_dim) -> (B, N, dim).
     """
@@ -80,19 +81,20 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def heads(self, tokens):
+    def split_heads(self, tokens):
         return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
 
     def forward(self, x, context):
-        q, k, v = self.heads(self.to_q(x)), self.heads(self.to_k(context)), self.heads(self.to_v(context))
+        q, k, v = (self.split_heads(h) for h in (self.to_q(x), self.to_k(context), self.to_v(context)))
         h = attend(q, k, v)  # (B, heads, N, dim / heads)
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, dim)
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v. In bfloat16 on a CPU by plain products: the fused kernel's backward pass is slow there.
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al., Eq. 1): q (B, heads, N, d), k and v (B, heads, M, d) -> shape of q.
 
-    The scores lie transposed then, because softmax is slow along rows as short as a caption, and fast across them.
+    In bfloat16 on a CPU as plain products: the backward pass of PyTorch's fused kernel is slow there. The scores are
+    kept transposed, (M, N), because softmax over the M tokens of a short caption is faster across rows than along them.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
@@ -112,32 +114,23 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU of four times the width, then back; the Identity keeps the place of diffusers' dropout."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
-    """Attention to the image (or, with only_cross_attention, to the caption), to the caption, feed-forward.
+    """Attention to the image (or the caption, with only_cross_attention), attention to the caption, feed-forward.
 
     x: (B, N, dim), text_emb: (B, L, text_dim) -> (B, N, dim).
     """
 
-    def __init__(self, dim, text_dim, num_heads, only_cross_attention):
+    def __init__(self, dim, only_cross_attention, cfg):
         super().__init__()
         self.only_cross_attention = only_cross_attention
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, text_dim if only_cross_attention else dim, num_heads)
+        self.attn1 = Attention(dim, cfg.text_dim if only_cross_attention else dim, cfg.num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, text_dim, num_heads)
+        self.attn2 = Attention(dim, cfg.text_dim, cfg.num_heads)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim)
+        # the Identity stands where diffusers has its dropout
+        net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ff = nn.Sequential(OrderedDict(net=net))
 
     def forward(self, x, text_emb):
         h = self.norm1(x)
@@ -147,17 +140,13 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map; residual.
+    """A transformer block over the pixels of a map, residual: (B, C, H, W), (B, L, text_dim) -> (B, C, H, W)."""
 
-    x: (B, C, H, W), text_emb: (B, L, text_dim) -> (B, C, H, W).
-    """
-
-    def __init__(self, channels, text_dim, num_heads, groups, only_cross_attention):
+    def __init__(self, channels, only_cross_attention, cfg):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(cfg.unet_norm_num_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        block = TransformerBlock(channels, text_dim, num_heads, only_cross_attention)
-        self.transformer_blocks = nn.ModuleList([block])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, only_cross_attention, cfg)])
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x, text_emb):
@@ -166,58 +155,46 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
 
 
-class Downsample(nn.Module):
-    """Halve the resolution by a strided convolution, zero-padded on all sides."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)  # (B, C, H/2, W/2)
+def make_downsampler(channels):
+    """A strided convolution, zero-padded on all sides: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
-    """Double the resolution: each pixel repeated 2x2, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+def make_upsampler(channels):
+    """Each pixel repeated 2x2, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(repeat=repeat, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class DownBlock(nn.Module):
-    """(Resnet, transformer) x layers, then a downsampler unless last; every output is also a skip."""
+    """(Resnet, transformer) x num_layers, then a downsampler unless `last`. Every output is also a skip."""
 
     def __init__(self, in_channels, out_channels, num_layers, last, cfg):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList([make_resnet(a, b, cfg) for a, b in zip(widths, widths[1:])])
-        self.attentions = nn.ModuleList([make_transformer(out_channels, cfg, not last) for _ in range(num_layers)])
-        if not last:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+        self.resnets = nn.ModuleList([ResnetBlock(a, b, cfg) for a, b in zip(widths, widths[1:])])
+        self.attentions = nn.ModuleList([SpatialTransformer(out_channels, not last, cfg) for _ in range(num_layers)])
+        self.downsamplers = nn.ModuleList([] if last else [make_downsampler(out_channels)])
 
     def forward(self, h, t_emb, text_emb):
-        """Returns (h, [skips])."""
+        """-> h, [skips]."""
         skips = []
         for resnet, attention in zip(self.resnets, self.attentions):
             h = attention(resnet(h, t_emb), text_emb)
             skips.append(h)
-        for downsample in getattr(self, "downsamplers", []):
+        for downsample in self.downsamplers:
             h = downsample(h)
             skips.append(h)
         return h, skips
 
 
 class MidBlock(nn.Module):
-    """Resnet, transformer with image self-attention, resnet at the lowest resolution."""
+    """Resnet, transformer with image self-attention, resnet, all at the lowest resolution."""
 
     def __init__(self, channels, cfg):
         super().__init__()
-        self.attentions = nn.ModuleList([make_transformer(channels, cfg, only_cross_attention=False)])
-        self.resnets = nn.ModuleList([make_resnet(channels, channels, cfg) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, only_cross_attention=False, cfg=cfg)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, cfg) for _ in range(2)])
 
     def forward(self, h, t_emb, text_emb):
         h = self.attentions[0](self.resnets[0](h, t_emb), text_emb)
@@ -225,22 +202,21 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """(Join the newest skip, resnet, transformer) for each skip, then an upsampler unless last."""
+    """(Append the newest skip, resnet, transformer) for each skip, then an upsampler unless `last`."""
 
     def __init__(self, in_channels, skip_channels, out_channels, first, last, cfg):
         super().__init__()
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
-        self.resnets = nn.ModuleList([make_resnet(a + s, out_channels, cfg) for a, s in zip(widths, skip_channels)])
-        self.attentions = nn.ModuleList([make_transformer(out_channels, cfg, not first) for _ in skip_channels])
-        if not last:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        self.resnets = nn.ModuleList([ResnetBlock(a + s, out_channels, cfg) for a, s in zip(widths, skip_channels)])
+        self.attentions = nn.ModuleList([SpatialTransformer(out_channels, not first, cfg) for _ in skip_channels])
+        self.upsamplers = nn.ModuleList([] if last else [make_upsampler(out_channels)])
 
     def forward(self, h, skips, t_emb, text_emb):
         """Takes its skips off the end of the list `skips`."""
         for resnet, attention in zip(self.resnets, self.attentions):
             h = torch.cat([h, skips.pop()], dim=1)
             h = attention(resnet(h, t_emb), text_emb)
-        for upsample in getattr(self, "upsamplers", []):
+        for upsample in self.upsamplers:
             h = upsample(h)
         return h
 
@@ -248,42 +224,43 @@ class UpBlock(nn.Module):
 class UNetLatent(nn.Module):
     """Predicts the noise eps in z_t (DDPM, section 3.2), or another target.
 
-    z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from
-    TimeEmbedding; text_emb: (B, L, text_dim) -> prediction: shape of z.
+    z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from TimeEmbedding;
+    text_emb: (B, L, text_dim) -> prediction: shape of z.
 
-    cfg needs: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
+    Reads of cfg: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
     unet_norm_num_groups and num_heads), unet_layers_per_block, unet_norm_num_groups, num_heads, text_dim, time_dim.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        channels, groups = cfg.unet_block_out_channels, cfg.unet_norm_num_groups
+        channels, num_layers = cfg.unet_block_out_channels, cfg.unet_layers_per_block
         self.latent_shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
         self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
-        skips = [channels[0]]  # widths of the maps that cross over, in the order in which they arise
+        skips = [channels[0]]  # channels of the maps that cross over, oldest first
 
         self.down_blocks = nn.ModuleList()
-        for i, (a, b) in enumerate(zip((channels[0], *channels), channels)):
+        for i, (before, width) in enumerate(zip((channels[0], *channels), channels)):
             last = i == len(channels) - 1
-            self.down_blocks.append(DownBlock(a, b, cfg.unet_layers_per_block, last, cfg))
-            skips += [b] * (cfg.unet_layers_per_block + (not last))
+            self.down_blocks.append(DownBlock(before, width, num_layers, last, cfg))
+            skips += [width] * (num_layers + (not last))
 
         self.mid_block = MidBlock(channels[-1], cfg)
 
         self.up_blocks = nn.ModuleList()
         channels = channels[::-1]
-        for i, (a, b) in enumerate(zip((channels[0], *channels), channels)):
-            mine = [skips.pop() for _ in range(cfg.unet_layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(a, mine, b, i == 0, i == len(channels) - 1, cfg))
+        for i, (before, width) in enumerate(zip((channels[0], *channels), channels)):
+            first, last = i == 0, i == len(channels) - 1
+            joined = [skips.pop() for _ in range(num_layers + 1)]
+            self.up_blocks.append(UpBlock(before, joined, width, first, last, cfg))
 
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-5)
+        self.conv_norm_out = nn.GroupNorm(cfg.unet_norm_num_groups, channels[-1], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[-1], cfg.latent_channels, 3, padding=1)
-        for p in self.conv_out.parameters():  # the first prediction is zero (DDPM's code does the same)
+        for p in self.conv_out.parameters():  # the first prediction is zero, as in DDPM's code
             nn.init.zeros_(p)
 
     def forward(self, z, t_emb, text_emb):
         h = self.conv_in(z)
-        text_emb = text_emb.to(h.dtype)  # under autocast every attention would do it again
+        text_emb = text_emb.to(h.dtype)  # once; under autocast each attention would cast it again
         skips = [h]
         for block in self.down_blocks:
             h, new = block(h, t_emb, text_emb)
@@ -292,11 +269,3 @@ class UNetLatent(nn.Module):
         for block in self.up_blocks:
             h = block(h, skips, t_emb, text_emb)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
-
-
-def make_resnet(in_channels, out_channels, cfg):
-    return ResnetBlock(in_channels, out_channels, cfg.time_dim, cfg.unet_norm_num_groups)
-
-
-def make_transformer(channels, cfg, only_cross_attention):
-    return SpatialTransformer(channels, cfg.text_dim, cfg.num_heads, cfg.unet_norm_num_groups, only_cross_attention)

@@ -50,8 +50,9 @@ RETIRED = {  # settings that older code had -> the only value that this code can
     "min_snr_gamma": 0.0,
     "flow_times": "logit_normal",
     "ema_sigma_rel": 0.0,
+    "normalize_latents": False,
 }
-READ_BY_SAMPLING = ("beta_schedule", "rescale_betas_zero_snr")
+READ_BY_SAMPLING = ("beta_schedule", "rescale_betas_zero_snr", "normalize_latents")
 
 # ---- Weights --------------------------------------------------------------------------------------------
 

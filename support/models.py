@@ -15,14 +15,7 @@ from support.files import Damaged
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
 
-VAE_SETTINGS = (
-    "image_size",
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "norm_num_groups",
-    "normalize_latents",
-)
+VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
 
 
 def newest_run():

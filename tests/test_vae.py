@@ -1,109 +1,123 @@
-"""Promises of the VAE's options: equivariance, L1 and MS-SSIM terms, a decoder finetuned on latents that stay."""
+"""Promises of vae.py: diffusers' names and numbers, the papers' losses, statistics of the latents.
 
-import json
+diffusers is the independent oracle: the same weights, loaded strictly both ways, must give the same output.
+"""
+
 import math
-import shutil
-import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TINY, Forked, assert_one_line_error, flags, sign
-from PIL import Image
-from test_models import randomize
-from test_resume import bits
+from conftest import TINY
+from diffusers import AutoencoderKL as TheirVAE
 
-import evaluate
-import train_vae
-import vae as vae_module
 from config import SDConfig, UserError
-from data import Scenes, shrunk
-from train_unet import encode_all, latents_of
-from training import Progress, encode_pictures, to_float
-from vae import AutoencoderKL, draw_transform, ms_ssim, reparameterize, transformed, vae_loss
+from vae import (
+    AutoencoderKL,
+    held_out_figures,
+    measure_latents,
+    ms_ssim,
+    pictures_per_pass,
+    reparameterize,
+    vae_loss,
+)
 
-# a few hundred steps in seconds
-QUICK = {"image_size": 16, "block_out_channels": (8, 16), "unet_block_out_channels": (8, 16), "time_dim": 32,
-         "max_images": 160, "num_epochs": 6, "lr": 5e-3, "mixed_precision": "no"}  # fmt: skip
-
-ABOUT = {"made_from": {}, "machine": {}, "code": {"latents": ""}}  # what encode_all() reads of a run
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)
+TOLERANCE = 1e-4
 
 
-# ---- Equivariance (EQ-VAE) ----
+def their_vae(cfg):
+    n = len(cfg.block_out_channels)
+    return TheirVAE(
+        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
+        block_out_channels=cfg.block_out_channels, layers_per_block=cfg.layers_per_block,
+        latent_channels=cfg.latent_channels, norm_num_groups=cfg.norm_num_groups,
+        use_quant_conv=False, use_post_quant_conv=False,
+    ).eval()  # fmt: skip
 
 
-def test_transforms_are_drawn_as_often_as_said_and_all_of_them():
+def randomize(module):
+    """Fill every weight, the zero-initialised ones too, so that a wrong connection cannot hide."""
     torch.manual_seed(0)
-    drawn = [draw_transform(0.5) for _ in range(4000)]
-    share = sum(t is not None for t in drawn) / len(drawn)
-    assert share == pytest.approx(0.5, abs=0.03)
-    assert {t for t in drawn if t} == {(turns, h) for turns in range(4) for h in (False, True)} - {(0, False)}
-    torch.manual_seed(0)
-    assert drawn[:50] == [draw_transform(0.5) for _ in range(50)]
-    assert not any(draw_transform(0.0) for _ in range(200)) and all(draw_transform(1.0) for _ in range(200))
-
-
-def test_pictures_and_latents_are_turned_and_halved_alike():
-    """Against flips and sums written out; and a code that is equivariant by construction passes with error 0."""
-    x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(transformed(x, (1, False)), x.transpose(2, 3).flip(2))
-    assert torch.equal(transformed(x, (2, False)), x.flip(2, 3))
-    halves = sum(x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
-    torch.testing.assert_close(transformed(x, (0, True)), halves)
-    assert transformed(x, None) is x
-    z, decode = F.avg_pool2d(x, 2), lambda z: F.interpolate(z, scale_factor=2)
-    for transform in ((1, False), (3, False), (2, False)):
-        assert torch.equal(decode(transformed(z, transform)), transformed(decode(z), transform))
-
-
-@pytest.mark.parametrize("transform", [(0, True), (1, False), (3, True)])
-def test_the_decoder_is_given_the_transformed_latent(tiny, transform):
-    vae, x, eps = randomize(AutoencoderKL(tiny)), torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
-        mu, log_var, x_hat = vae(x, eps, transform)
-        z = reparameterize(mu, log_var, eps)
-        assert torch.equal(x_hat, vae.decoder(transformed(z, transform)))
-    assert x_hat.shape == transformed(x, transform).shape and mu.shape == z.shape
+        for name, p in module.named_parameters():
+            scale = 1 / math.sqrt(p[0].numel()) if p.dim() > 1 else 0.1
+            p.copy_(torch.randn_like(p) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return module.eval()
 
 
-@pytest.mark.slow
-def test_training_with_the_regulariser_makes_the_latents_equivariant(tmp_path, run_here):
-    """Error of what the turned latents decode to, on scenes not trained on: below that of the same training without."""
-    settings, errors = TINY | QUICK, {}
-    x = to_float(torch.from_numpy(np.stack([Scenes(7, 64, 16)[i] for i in range(64)])), "cpu")
-    for share in (0, 0.7):
-        command = ["--preset", "demo", "--run_dir", f"run{share}", *flags(settings), "--equivariance", share]
-        assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
-        vae = AutoencoderKL(SDConfig(**settings))
-        vae.load_state_dict(weights(tmp_path / f"run{share}/vae_ckpt_epoch6.pth"))
-        with torch.no_grad():
-            mu, turn = vae.encode(x)[0], (1, False)
-            errors[share] = F.mse_loss(vae.decoder(transformed(mu, turn)), transformed(x, turn)).item()
-    assert errors[0.7] < 0.9 * errors[0], errors
+def test_vae_equals_diffusers_with_the_same_weights(preset):
+    ours, theirs = randomize(AutoencoderKL(preset)), their_vae(preset)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(2, 3, preset.image_size, preset.image_size) * 2 - 1
+    with torch.no_grad():
+        mu, log_var = ours.encode(x)
+        posterior = theirs.encode(x).latent_dist
+        assert (mu - posterior.mean).abs().max() <= TOLERANCE
+        assert (log_var - posterior.logvar).abs().max() <= TOLERANCE
+        assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
 
 
-@pytest.mark.slow
-def test_a_compiled_model_trains_with_the_regulariser_as_the_plain_one(tmp_path, run_here):
-    settings, losses = TINY | QUICK | {"max_images": 20, "num_epochs": 2, "equivariance": 1.0}, []
-    for run, more in (("plain", []), ("compiled", ["--compile"])):
-        command = ["--preset", "demo", "--run_dir", run, *more, *flags(settings)]
-        assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
-        lines = (tmp_path / run / "vae_train.csv").read_text().splitlines()[1:]
-        losses.append([float(line.split(",")[2]) for line in lines])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+def test_a_vae_of_five_levels_equals_diffusers():
+    """What coco512 has and no other preset, at a few channels."""
+    cfg = SDConfig(image_size=64, block_out_channels=(8, 8, 16, 16, 16), latent_channels=16, norm_num_groups=4)
+    ours, theirs, x = randomize(AutoencoderKL(cfg)), their_vae(cfg), torch.randn(1, 3, 64, 64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    with torch.no_grad():
+        mu = ours.encode(x)[0]
+        assert mu.shape == (1, 16, 4, 4) and (mu - theirs.encode(x).latent_dist.mean).abs().max() <= TOLERANCE
+        assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
 
 
-def test_equivariance_that_makes_no_sense_is_refused():
-    with pytest.raises(UserError, match="--equivariance.*3 wide.*--image_size"):
-        SDConfig(**TINY | {"image_size": 12, "equivariance": 0.5, "unet_block_out_channels": (16,)})
-    with pytest.raises(UserError, match="--equivariance.*finetuning"):
-        SDConfig(**TINY | {"equivariance": 0.5, "finetune_decoder_of": "run"})
+def test_vae_loss_is_the_papers():
+    """Against torch.distributions: KL summed over a latent, averaged over the batch; MSE averaged over pixels."""
+    mu, log_var = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    x, x_hat = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, (0.5 * log_var).exp()), normal(0.0, 1.0)).flatten(1).sum(1).mean()
+    mse = ((x - x_hat) ** 2).mean()
+    loss, our_mse, our_kl = vae_loss(x, mu, log_var, x_hat, beta=0.01)
+    torch.testing.assert_close((loss, our_mse, our_kl), (mse + 0.01 * kl, mse, kl))
+
+
+def test_reparameterize_draws_from_the_posterior():
+    torch.manual_seed(0)
+    z = reparameterize(torch.full((200_000,), 3.0), torch.full((200_000,), 2 * math.log(0.5)))
+    assert z.mean().item() == pytest.approx(3.0, abs=0.01) and z.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_held_out_figures_against_a_direct_computation(tiny):
+    vae = randomize(AutoencoderKL(tiny))
+    x = torch.rand(6, 3, 32, 32) * 2 - 1
+    torch.manual_seed(1)
+    figures = held_out_figures(vae, [x])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        z = reparameterize(*vae.encode(x))
+        mse = ((vae.decoder(z) - x) ** 2).mean().item()
+    assert figures["mse"] == pytest.approx(mse, rel=1e-5)
+    assert figures["psnr_db"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-5)
+    assert figures["latent_mean"] == pytest.approx(z.mean().item(), abs=1e-5)
+    assert figures["latent_std"] == pytest.approx(z.std(correction=0).item(), rel=1e-4)
+    assert figures["latent_std_2"] == pytest.approx(z[:, 2].std(correction=0).item(), rel=1e-4)
+
+
+def test_measured_latents_have_mean_0_and_variance_1_and_decode_as_before():
+    """By channel, over all pictures, whatever the batches; twice, because measuring must start from the plain latents."""
+    vae = randomize(AutoencoderKL(SDConfig(**TINY | {"normalize_latents": True})))
+    x, eps = torch.rand(6, 3, 32, 32) * 2 - 1, torch.randn(6, 4, 8, 8)
+    with torch.no_grad():
+        before = vae(x, eps)[2]
+        for _ in range(2):
+            measure_latents(vae, [x[:4], x[4:]])
+        mu, log_var, after = vae(x, eps)
+    torch.testing.assert_close(mu.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close((mu.square() + log_var.exp()).mean(dim=(0, 2, 3)), torch.ones(4))
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+
+
+def test_a_pass_holds_as_many_pixels_at_most_as_32_pictures_of_128():
+    assert [pictures_per_pass(side**2) for side in (32, 128, 256, 512, 4096)] == [32, 32, 8, 2, 1]
 
 
 # ---- L1 and MS-SSIM ----
@@ -168,274 +182,4 @@ def test_the_weighted_terms_are_added_to_the_loss():
 def test_pictures_smaller_than_the_window_are_refused():
     with pytest.raises(UserError, match="--ms_ssim_weight.*11 pixels.*8"):
         SDConfig(**TINY | {"image_size": 8, "ms_ssim_weight": 0.1})
-    with pytest.raises(UserError, match="--ms_ssim_weight"):
-        SDConfig(**TINY | {"image_size": 16, "ms_ssim_weight": 0.1, "equivariance": 0.5})
     SDConfig(**TINY | {"image_size": 16, "ms_ssim_weight": 0.1})
-
-
-# ---- Normalised latents ----
-
-
-@pytest.fixture
-def normalized(tmp_path, run_here):
-    """A finished VAE, in `run`, with its latents normalised."""
-    command = ["--preset", "demo", "--run_dir", "run", *flags(TINY), "--mixed_precision", "no", "--normalize_latents"]
-    result = run_here("train_vae.py", *command, cwd=tmp_path)
-    assert result.returncode == 0 and "latent_std by channel" in result.stdout, result.stderr
-    return tmp_path, command
-
-
-def open_vae(path, **more):
-    vae = AutoencoderKL(SDConfig(**TINY | more))
-    vae.load_state_dict(weights(path))
-    return vae.requires_grad_(False)
-
-
-def test_normalised_latents_are_the_same_vae_with_mean_0_and_variance_1_per_channel(normalized, run_here):
-    cwd, command = normalized
-    assert run_here("train_vae.py", *command[:-1], "--run_dir", "plain", cwd=cwd).returncode == 0
-    plain = open_vae(cwd / "plain/vae_ckpt_epoch2.pth")
-    ours = open_vae(cwd / "run/vae_ckpt_epoch2.pth", normalize_latents=True)
-    assert set(ours.state_dict()) - set(plain.state_dict()) == {"decoder.latent_mean", "decoder.latent_std"}
-    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in plain.state_dict().items())
-    x = to_float(torch.from_numpy(np.stack([Scenes(0, 24, 32)[i] for i in range(24)])), "cpu")  # the training pictures
-    mu, log_var = ours.encode(x)
-    mean, square = mu.mean(dim=(0, 2, 3)), (mu.square() + log_var.exp()).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(square, torch.ones(4), atol=1e-3, rtol=0)
-    their_mu, their_log_var = plain.encode(x)
-    assert their_mu.mean(dim=(0, 2, 3)).abs().max() > 0.01  # there was something to normalise
-    eps = torch.randn_like(mu)
-    z, their_z = reparameterize(mu, log_var, eps), reparameterize(their_mu, their_log_var, eps)
-    torch.testing.assert_close(ours.decoder(z), plain.decoder(their_z), atol=1e-4, rtol=0)
-
-
-def test_the_unet_must_know_that_latents_are_normalised(normalized, run_here):
-    cwd, command = normalized
-    assert_one_line_error(
-        run_here("train_unet.py", *command[:-1], cwd=cwd), 1, "--normalize_latents: False here", "True"
-    )
-    assert run_here("train_unet.py", *command, cwd=cwd).returncode == 0
-    made = run_here("sample.py", "--run_dir", "run", "--prompt", "x", "--steps", 2, "--num_images", 1, cwd=cwd)
-    assert made.returncode == 0, made.stderr
-
-
-def test_finetuning_the_decoder_keeps_the_statistics(normalized, run_here):
-    cwd, command = normalized
-    more = ["--run_dir", "sharp", "--finetune_decoder_of", "run", "--max_images", 16]  # other pictures have others
-    assert run_here("train_vae.py", *command, *more, cwd=cwd).returncode == 0
-    before, after = (weights(cwd / run / "vae_ckpt_epoch2.pth") for run in ("run", "sharp"))
-    moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert moved == {k for k in before if k.startswith("decoder.") and "latent_" not in k}
-
-
-# ---- Resuming ----
-
-ALL = {"equivariance": 0.5, "l1_weight": 0.1, "ms_ssim_weight": 0.1, "normalize_latents": True,
-       "random_crop": 4, "random_scale": True, "horizontal_flips": True, "captions_per_image": 1}  # fmt: skip
-
-
-def command_with_all(kind):
-    return (
-        f"train_{kind}.py",
-        "--preset",
-        "demo",
-        "--run_dir",
-        "run",
-        *flags(TINY | QUICK | {"image_size": 32} | ALL | SHORT),
-    )
-
-
-SHORT = {"max_images": 12, "held_out_images": 4, "batch_size": 4, "num_epochs": 2, "timesteps": 4, "save_minutes": 0}
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("unbroken")
-    for kind in ("vae", "unet"):
-        result = Forked(cwd / "process", *command_with_all(kind), cwd=cwd).wait()
-        assert result.returncode == 0, result.stderr
-    return bits(cwd / "run")
-
-
-@pytest.mark.parametrize("step", [2, 3, 6])
-def test_a_run_with_every_option_stopped_at_any_step_goes_on_to_the_same_bits(unbroken, fork, tmp_path, step):
-    """Step 3 ends an epoch of three; after step 6 the latents are yet to be measured."""
-    for kind in ("vae", "unet"):
-        stopped = fork(*command_with_all(kind), cwd=tmp_path, inject={"signal_at_step": (signal.SIGTERM, step)}).wait()
-        assert stopped.returncode == 143, stopped.stderr
-        assert fork(*command_with_all(kind), cwd=tmp_path).wait().returncode == 0
-    assert bits(tmp_path / "run") == unbroken
-
-
-def test_a_run_from_before_an_option_existed_is_the_run_without_it(tiny_run, tmp_path, run_here):
-    shutil.copytree(tiny_run / "run", tmp_path / "run")
-    path = tmp_path / "run/vae_set2.json"
-    manifest = json.loads(path.read_text())
-    del manifest["settings"]["equivariance"]
-    path.write_text(sign(manifest))
-    command = ["--preset", "demo", "--run_dir", "run", *flags(TINY)]
-    assert "finished" in run_here("train_vae.py", *command, cwd=tmp_path).stdout
-    changed = run_here("train_vae.py", *command, "--equivariance", 0.5, cwd=tmp_path)
-    assert_one_line_error(changed, 1, "equivariance was 0.0, now 0.5")
-
-
-def test_the_unet_sees_every_picture_and_its_mirror_image(tiny, tmp_path):
-    """Against encoding the mirrored picture; and the cached latents of the plain ones are used again."""
-    vae, pixels = randomize(AutoencoderKL(tiny)), torch.from_numpy(np.stack([Scenes(0, 3, 32)[i] for i in range(3)]))
-    cfg, about = replace(tiny, cache_dir=str(tmp_path)), ABOUT
-    plain, mirrored = (encode_all(vae, pixels, about, "cpu", cfg, "encode", mirrored=m) for m in (False, True))
-    index = torch.tensor([2, 0])
-    mu, log_var = latents_of([plain, mirrored], index, torch.tensor([0, 1]), "cpu")
-    seen = torch.stack([pixels[2], pixels[0].flip(2)])
-    with torch.no_grad():
-        torch.testing.assert_close(latents_of([plain], index, None, "cpu"), vae.encode(to_float(pixels[index], "cpu")))
-        torch.testing.assert_close((mu, log_var), vae.encode(to_float(seen, "cpu")))
-    assert len(list(tmp_path.glob("latents-*.json"))) == 2
-
-
-def test_latents_that_are_all_there_but_not_named_yet_are_used(tiny, tmp_path, monkeypatch):
-    """A stop while they are hashed, and as many pictures as are encoded in one go."""
-    vae, pixels = randomize(AutoencoderKL(tiny)), torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
-    cfg, about = replace(tiny, cache_dir=str(tmp_path)), ABOUT
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-        encode_all(vae, pixels, about, "cpu", cfg, "encode")
-    vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("they are there"))
-    assert encode_all(vae, pixels, about, "cpu", cfg, "encode").shape[0] == 32
-
-
-def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_path, monkeypatch):
-    """Wherever it is done: 512-pixel pictures must fit where those of 128 do."""
-    cfg = replace(tiny, normalize_latents=True, cache_dir=str(tmp_path), batch_size=4)
-    vae, pixels, sizes = randomize(AutoencoderKL(cfg)), torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), []
-    vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    ways = {
-        "encode_pictures": lambda: encode_pictures(vae, pixels, "cpu", Progress(5, "encode")),
-        "encode_all": lambda: encode_all(vae, pixels, ABOUT, "cpu", cfg, "encode"),
-        "held-out figures": lambda: train_vae.evaluate(vae, pixels, "cpu", cfg),
-        "pictures": lambda: train_vae.show_reconstructions(vae, pixels, "cpu", cfg, tmp_path / "x.png"),
-        "normalize": lambda: train_vae.normalize(vae, pixels, torch.device("cpu"), cfg),
-        "evaluate.py": lambda: sizes.extend(len(x) for x in evaluate.batches(pixels, "cpu")),
-    }
-    monkeypatch.setattr(vae_module, "PIXELS_TOGETHER", 2 * 32 * 32)
-    for name, way in ways.items():
-        sizes.clear()
-        with torch.no_grad():
-            way()
-        assert sizes == [2, 2, 1], name
-
-
-@pytest.mark.parametrize("random_scale", [False, True])
-def test_latents_are_measured_on_the_middle_or_with_random_scale_on_the_whole(tiny, random_scale):
-    cfg = replace(tiny, normalize_latents=True, random_crop=16, random_scale=random_scale)
-    vae, pixels = randomize(AutoencoderKL(cfg)), torch.randint(256, (5, 3, 48, 48), dtype=torch.uint8)
-    seen = shrunk(pixels, 32) if random_scale else pixels[:, :, 8:40, 8:40]
-    with torch.no_grad():
-        mu, log_var = vae.encode(to_float(seen, "cpu"))
-        train_vae.normalize(vae, pixels, torch.device("cpu"), cfg)
-    torch.testing.assert_close(vae.decoder.latent_mean[:, 0, 0], mu.mean(dim=(0, 2, 3)))
-    variance = mu.var(dim=(0, 2, 3), correction=0) + log_var.exp().mean(dim=(0, 2, 3))
-    torch.testing.assert_close(vae.decoder.latent_std[:, 0, 0], variance.sqrt())
-
-
-def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):
-    """That each option reaches each loop it is for, and no other: by the losses that follow."""
-    settings = TINY | QUICK | {"max_images": 16, "num_epochs": 1}
-    losses = {"vae": {}, "unet": {}}
-    for option in (
-        "",
-        "--random_crop 4",
-        "--random_crop 4 --random_scale",
-        "--horizontal_flips",
-        "--captions_per_image 1",
-    ):
-        for kind in losses:
-            run = f"{kind} {option}"
-            if kind == "unet":  # on the VAE trained without any
-                shutil.copytree(tmp_path / "vae ", tmp_path / run)
-            command = ["--preset", "demo", "--run_dir", run, *flags(settings), *option.split()]
-            assert run_here(f"train_{kind}.py", *command, cwd=tmp_path).returncode == 0
-            losses[kind][option] = (tmp_path / run / f"{kind}_train.csv").read_text()
-    vae, unet = losses["vae"], losses["unet"]
-    assert vae[""] == vae["--captions_per_image 1"] and len({*vae.values()}) == 4
-    assert unet[""] == unet["--random_crop 4"] == unet["--random_crop 4 --random_scale"] != unet["--horizontal_flips"]
-
-
-# ---- The decoder alone ----
-
-
-@pytest.fixture
-def finetuned(tiny_run, tmp_path, run_here):
-    """A copy of the tiny run, and beside it `sharp`: its VAE with the decoder finetuned."""
-    shutil.copytree(tiny_run / "run", tmp_path / "run")
-    command = [
-        "--preset",
-        "demo",
-        "--run_dir",
-        "sharp",
-        "--finetune_decoder_of",
-        "run",
-        *flags(TINY),
-        "--l1_weight",
-        0.1,
-    ]
-    result = run_here("train_vae.py", *command, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    return tmp_path, command
-
-
-def test_finetuning_the_decoder_leaves_every_bit_of_the_encoder(finetuned, tiny_run):
-    cwd, _ = finetuned
-    before, after = (weights(cwd / run / "vae_ckpt_epoch2.pth") for run in ("run", "sharp"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) != k.startswith("decoder.") for k in before)
-    old = {p.name: p.read_bytes() for p in (tiny_run / "run").iterdir() if p.is_file()}
-    assert old == {p.name: p.read_bytes() for p in (cwd / "run").iterdir() if p.is_file()}
-
-
-def test_a_unet_is_sampled_with_the_decoder_finetuned_on_its_latents_and_no_other(finetuned, run_here):
-    cwd, _ = finetuned
-    assert (
-        run_here(
-            "train_vae.py", "--preset", "demo", "--run_dir", "other", *flags(TINY | {"seed": 5}), cwd=cwd
-        ).returncode
-        == 0
-    )
-    sample = ["--run_dir", "run", "--prompt", "x", "--steps", 2, "--num_images", 1]
-    pictures = {}
-    for out, more in (("own", []), ("same", ["--vae", "run"]), ("sharp", ["--vae", "sharp"])):
-        result = run_here("sample.py", *sample, *more, "--out", out, cwd=cwd)
-        assert result.returncode == 0, result.stderr
-        with Image.open(cwd / out / "x_seed0.png") as image:
-            pictures[out] = image.tobytes()
-            assert (f"VAE: {out}" in image.text["parameters"]) == (out == "sharp")
-    assert pictures["own"] == pictures["same"] != pictures["sharp"]
-    assert_one_line_error(
-        run_here("sample.py", *sample, "--vae", "other", cwd=cwd), 1, "--vae other", "--finetune_decoder_of run"
-    )
-    assert_one_line_error(
-        run_here("sample.py", *sample, "--vae", "nowhere", cwd=cwd), 1, "--vae nowhere", "train_vae.py"
-    )
-
-
-def test_a_finetuned_run_is_finished_until_the_vae_it_came_from_is_another(finetuned, run_here):
-    cwd, command = finetuned
-    again = run_here("train_vae.py", *command, cwd=cwd)
-    assert again.returncode == 0 and "finished" in again.stdout
-    assert (
-        run_here(
-            "train_vae.py", "--preset", "demo", "--run_dir", "run", "--overwrite", *flags(TINY | {"seed": 5}), cwd=cwd
-        ).returncode
-        == 0
-    )
-    assert_one_line_error(run_here("train_vae.py", *command, cwd=cwd), 1, "the VAE is another", "--overwrite")
-
-
-def test_a_vae_is_not_finetuned_onto_itself_nor_by_the_wrong_script(tiny_run, run_here):
-    command = ["--preset", "demo", *flags(TINY), "--finetune_decoder_of", "run"]
-    for script, run in (("train_vae.py", "run/../run"), ("train_unet.py", "new")):
-        result = run_here(script, *command, "--run_dir", run, cwd=tiny_run)
-        assert_one_line_error(result, 2, "--run_dir" if run != "new" else "--finetune_decoder_of")
-    nothing = run_here("train_vae.py", *command[:-1], "nowhere", "--run_dir", "new", cwd=tiny_run)
-    assert_one_line_error(nothing, 1, "--finetune_decoder_of nowhere", "train_vae.py")

@@ -1,0 +1,257 @@
+"""Promises of sample.py, from outside: its files, what they say of themselves, its answers to mistakes."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, forge
+from PIL import Image
+
+import sample as script
+
+HEAVY = ("torchvision", "torch._dynamo", "torch._inductor", "transformers", "safetensors", "matplotlib", "evaluate")
+
+
+def pixels_of(run_here, cwd, out, *argv, prompt="a red bus"):
+    """The picture that sample.py makes of a prompt with these flags, as an array, and its `parameters`."""
+    command = ["--run_dir", "run", "--prompt", prompt, "--num_images", 1, "--out", out, *argv]
+    result = run_here("sample.py", *command, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    with Image.open(out / f"{prompt.replace(' ', '-')}_seed0.png") as image:
+        return np.asarray(image).astype(int), image.text["parameters"]
+
+
+def settings_of(text):
+    """The settings of `parameters`, read as AUTOMATIC1111's web UI reads them (its generation_parameters_copypaste.py)."""
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.split("\n")[-1])
+    return {
+        name: json.loads(value) if value.startswith('"') and value.endswith('"') else value for name, value in found
+    }
+
+
+# ---- Files ----
+
+
+def test_sample_writes_pictures_a_grid_and_their_parameters(tiny_run, tmp_path, run_here):
+    command = ["--prompt", "a red sports car", "--run_dir", "run", "--seed", 5, "--steps", 4, "--out", tmp_path / "out"]
+    result = run_here("sample.py", *command, cwd=tiny_run)
+    assert result.returncode == 0, result.stderr
+    names = [f"a-red-sports-car_{name}.png" for name in ("grid", "seed5", "seed6", "seed7", "seed8")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names and names[0] in result.stdout
+    with Image.open(tmp_path / "out" / names[0]) as grid, Image.open(tmp_path / "out" / names[4]) as last:
+        assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
+        assert grid.crop((36, 36, 68, 68)).tobytes() == last.tobytes()
+    with Image.open(tmp_path / "out" / names[3]) as image:
+        prompt, _ = image.text["parameters"].split("\n")
+        found = settings_of(image.text["parameters"])
+    assert prompt == "a red sports car"
+    expected = {"Steps": "4", "Sampler": "DDPM", "CFG scale": "1", "Seed": "7", "Size": "32x32", "Model": "unet_ckpt2"}
+    assert found == expected
+
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert run_here("sample.py", *command, "--num_images", 1, cwd=tiny_run).returncode == 0
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert after | before == after and len(after) == 7
+    four, alone = (np.asarray(Image.open(tmp_path / f"out/a-red-sports-car_{name}.png")).astype(int)
+                   for name in ("seed5", "seed5_2"))  # fmt: skip
+    assert abs(four - alone).max() <= 1  # which way a number is rounded depends on the processor and on the batch
+
+
+def test_one_picture_needs_none_of_the_heavy_libraries(tiny_run, tmp_path):
+    """The command as it is typed, in a process of its own; Python lists what it imports."""
+    command = ["--prompt", "x", "--run_dir", "run", "--steps", "1", "--num_images", "1", "--out", str(tmp_path)]
+    result = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", *command], cwd=tiny_run,
+                            capture_output=True, text=True, timeout=100)  # fmt: skip
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert result.returncode == 0 and {"torch", "PIL.PngImagePlugin"} <= imported
+    assert [name for name in HEAVY if name in imported] == []
+    assert (tmp_path / "x_seed0.png").exists() and "wrote 1 pictures of 'x'" in result.stdout
+
+
+def test_many_pictures_are_all_written_and_the_grid_shows_the_first(tiny_run, tmp_path, run_here):
+    command = ["--prompt", "x", "--run_dir", "run", "--steps", 1, "--num_images", 105, "--out", tmp_path / "out"]
+    result = run_here("sample.py", *command, cwd=tiny_run)
+    assert result.returncode == 0 and "wrote 105 pictures" in result.stdout, result.stderr
+    assert len(list((tmp_path / "out").glob("x_seed*.png"))) == 105
+    with Image.open(tmp_path / "out/x_grid.png") as grid, Image.open(tmp_path / "out/x_seed99.png") as last:
+        assert grid.size == (10 * 34 + 2, 10 * 34 + 2)
+        assert grid.crop((9 * 34 + 2, 9 * 34 + 2, 340, 340)).tobytes() == last.tobytes()
+
+
+def test_an_order_of_many_pictures_does_not_keep_them_all(tiny_run, tmp_path, run_here, monkeypatch):
+    """The grid shows the first ones; of the others not even the memory may stay."""
+    batches, alive = [], []
+
+    def one_batch(*_, seeds, **__):
+        alive.append(sum(batch() is not None for batch in batches))
+        pixels = np.zeros((len(seeds), 3, 8, 8), np.float32)
+        batches.append(weakref.ref(pixels))
+        return torch.from_numpy(pixels)
+
+    monkeypatch.setattr(script, "sample", one_batch)
+    monkeypatch.setattr(script, "IMAGES_PER_BATCH", 2)
+    monkeypatch.setattr(script, "GRID_PICTURES", 4)
+    command = ["--run_dir", "run", "--prompt", "a red bus", "--num_images", 12, "--out", tmp_path]
+    assert run_here("sample.py", *command, cwd=tiny_run).returncode == 0
+    assert len(alive) == 6 and max(alive) <= 1
+
+
+def test_pictures_of_several_samplers_never_get_one_name(tmp_path):
+    """Eight threads stand for as many sample.py with one prompt and one seed."""
+    images = [torch.full((3, 1, 1), i / 255) for i in range(200)]
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda image: script.save_png(tmp_path, "x", "seed0", image, ""), images))
+    assert [np.asarray(Image.open(path))[0, 0, 0] for path in paths] == list(range(200))
+    assert len(os.listdir(tmp_path)) == 200
+
+
+def test_odd_prompts_become_tame_file_names(tiny_run, tmp_path, run_here):
+    prompts = ["../../etc/passwd", "\x1b[31mred\n", ""]
+    command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path / "out", "--prompt", *prompts]
+    result = run_here("sample.py", *command, cwd=tiny_run)
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"{s}_{e}.png" for s in ("etc-passwd", "31mred", "prompt") for e in ("seed0", "grid")
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# ---- What is asked for ----
+
+
+def test_ema_weights_are_sampled_only_on_request(tiny_run, tmp_path, run_here):
+    """With other weights in the averaged file, only --ema gives another picture."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    weights = torch.load(tmp_path / "run/ema_unet_ckpt2.pth", weights_only=True)
+    forge(tmp_path / "run", "unet", "2", "ema_unet_ckpt2.pth", {k: torch.randn_like(v) for k, v in weights.items()})
+    before, _ = pixels_of(run_here, tiny_run, tmp_path / "before", "--steps", 2)
+    plain, text = pixels_of(run_here, tmp_path, tmp_path / "plain", "--steps", 2)
+    ema, ema_text = pixels_of(run_here, tmp_path, tmp_path / "ema", "--steps", 2, "--ema")
+    assert (before == plain).all() and (plain != ema).any()
+    assert "Model: unet_ckpt2" in text and "Model: ema_unet_ckpt2" in ema_text
+
+
+def test_guidance_negative_prompt_and_sampler_change_the_picture_and_are_written_down(tiny_run, tmp_path, run_here):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    weights = torch.load(tmp_path / "run/unet_ckpt2.pth", weights_only=True)
+    # if a U-Net predicts next to nothing, all samplers give the same picture
+    weights["conv_out.weight"].normal_(std=0.1)
+    forge(tmp_path / "run", "unet", "2", "unet_ckpt2.pth", weights)
+    guided = ("--guidance_scale", 5)
+    flag_sets = {
+        "plain": (),
+        "guided": guided,
+        "negative": (*guided, "--negative_prompt", "a dog"),
+        "never": (*guided, "--guidance_interval", 0, 0),
+        "partly": (*guided, "--guidance_interval", 0, 0.5),
+        "ddim": ("--sampler", "ddim"),
+        "2m": ("--sampler", "dpmpp_2m"),
+        "eta": ("--sampler", "ddim", "--eta", 1),
+    }
+    found = {k: pixels_of(run_here, tmp_path, tmp_path / k, "--steps", 5, *v) for k, v in flag_sets.items()}
+    assert (found["plain"][0] == found["never"][0]).all()  # an interval without a step is no guidance
+    for a, b in itertools.combinations([k for k in found if k != "never"], 2):
+        assert (found[a][0] != found[b][0]).any(), (a, b)
+    settings = {k: settings_of(text) for k, (_, text) in found.items()}
+    assert settings["eta"]["Eta"] == "1.0" and settings["2m"]["Sampler"] == "DPMPP_2M"
+    assert settings["partly"]["Guidance interval"] == "0 to 0.5" and settings["guided"]["CFG scale"] == "5"
+    assert "Guidance interval" not in settings["plain"] | settings["guided"]
+    assert found["negative"][1].split("\n")[:2] == ["a red bus", "Negative prompt: a dog"]
+
+
+@pytest.mark.parametrize("scale", ["-3", "0", "1e9"])
+def test_any_finite_guidance_gives_a_picture(tiny_run, tmp_path, run_here, scale):
+    pixels, _ = pixels_of(run_here, tiny_run, tmp_path / "out", "--steps", 3, "--guidance_scale", scale)
+    assert pixels.shape == (32, 32, 3)
+
+
+def test_pictures_of_another_size(tiny_run, tmp_path, run_here):
+    pixels, text = pixels_of(run_here, tiny_run, tmp_path / "out", "--steps", 2, "--size", 48, 64)
+    assert pixels.shape == (48, 64, 3) and "Size: 64x48" in text
+
+
+@pytest.mark.parametrize("name", ["sharp", "sharp, two", 'a "quoted" one', "back\\slash, comma", "sharp: two", "vae-ü"])
+def test_the_name_of_another_runs_vae_is_whole_where_others_read_it(tiny_run, tmp_path, run_here, name):
+    """A comma ends a setting there, unless the value is quoted."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    (tmp_path / name).symlink_to("run")
+    _, text = pixels_of(
+        run_here, tmp_path, tmp_path / "out", "--steps", 1, "--vae", name, "--sampler", "ddim", "--eta", 1
+    )
+    found = settings_of(text)
+    assert found["VAE"] == name and found["Model"] == "unet_ckpt2" and found["Eta"] == "1.0"
+    assert text.endswith("VAE: sharp, Eta: 1.0") == (name == "sharp")  # quotes stand only where they are needed
+
+
+def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
+    command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path]
+    prompts = ["--prompt", "a red bus, a kitten", "--prompt", "A blue house at night"]
+    result = run_here("sample.py", *command, *prompts, cwd=tiny_run)
+    assert result.stderr.count("warning") == 1 and "no painted scene has 'kitten'" in result.stderr
+    assert len(list(tmp_path.glob("*_seed0.png"))) == 2  # --prompt given twice
+    guided = ["--prompt", "a red bus", "--guidance_scale", 2, "--negative_prompt", "blurry"]
+    assert "no painted scene has 'blurry'" in run_here("sample.py", *command, *guided, cwd=tiny_run).stderr
+    usual = run_here("sample.py", *command, "--prompt", "a red bus", cwd=tiny_run)
+    assert "warning" not in usual.stderr and usual.returncode == 0
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--steps", "0"], "--steps"),
+        (["--steps", "21"], "1 to 20"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--num_images", "0"], "--num_images"),
+        (["--num_images", "9" * 20], "--num_images"),
+        (["--sampler", "magic"], "--sampler"),
+        (["--sampler", "heun"], "choose from ddpm"),
+        (["--guidance_scale", "nan"], "--guidance_scale"),
+        (["--guidance_scale", "inf"], "--guidance_scale"),
+        (["--guidance_interval", "0.5", "0.2"], "--guidance_interval"),
+        (["--guidance_interval", "0", "nan"], "--guidance_interval"),
+        (["--negative_prompt", "x"], "--negative_prompt"),
+        (["--eta", "1"], "--eta"),
+        (["--sampler", "ddim", "--eta", "nan"], "--eta"),
+        (["--size", "33", "32"], "--size"),
+        (["--size", "0", "32"], "--size"),
+        (["--start", "fitted"], "--start"),
+    ],
+)
+def test_flags_out_of_range_or_that_do_not_fit_are_refused(tiny_run, argv, word, run_here):
+    assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", *argv, cwd=tiny_run), 2, word)
+
+
+def test_a_missing_or_mistyped_prompt_is_named(run_here, tmp_path):
+    assert_one_line_error(run_here("sample.py", "--promt", "a cat", cwd=tmp_path), 2, "--promt")
+    assert_one_line_error(run_here("sample.py", cwd=tmp_path), 2, "--prompt")
+    assert_one_line_error(run_here("sample.py", "--prompt", cwd=tmp_path), 2, "--prompt")
+    assert_one_line_error(run_here("sample.py", "--export", "", cwd=tmp_path), 2, "--export")
+
+
+def test_a_run_that_is_not_there_is_answered_by_the_command_that_makes_it(tmp_path, tiny_run, run_here):
+    assert_one_line_error(run_here("sample.py", "--prompt", "x", cwd=tmp_path), 1, "train_vae.py", "train_unet.py")
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "vae_ckpt_epoch2.pth"):
+        shutil.copy(tiny_run / "run" / name, tmp_path / "run")
+    assert_one_line_error(run_here("sample.py", "--prompt", "x", "--run_dir", "run", cwd=tmp_path), 1, "train_unet.py")
+
+
+def test_a_model_that_gives_no_numbers_is_one_line_and_no_picture(tiny_run, tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr(script, "sample", lambda *_, seeds, **__: torch.full((len(seeds), 3, 8, 8), torch.nan))
+    result = run_here("sample.py", "--prompt", "x", "--run_dir", "run", "--out", tmp_path, cwd=tiny_run)
+    assert_one_line_error(result, 1, "unet_ckpt2: ", "not numbers", "--lr")
+    assert not list(tmp_path.iterdir())
