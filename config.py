@@ -73,6 +73,9 @@ class SDConfig:
     beta_end: float = setting(0.02, "noise variance added by the last step", 1e-9, 0.999)
     scale_betas: bool = setting(False, "betas x 1000 / T: little signal is left at the last step")
     prediction_type: str = setting("epsilon", "what the U-Net predicts", choices=("epsilon", "v_prediction", "flow"))
+    flow_time_mean: float = setting(
+        0.0, "flow: times are sigmoid(N(this, 1)); above 0 the noisy end is seen more", -3, 3
+    )
     caption_dropout: float = setting(0.0, "share of captions replaced by the empty one, which guidance needs", 0, 1)
 
     # sampling; flags of sample.py and evaluate.py come before these
@@ -121,6 +124,7 @@ def rules(c):
     for name in ("beta_start", "beta_end", "scale_betas"):
         unset = getattr(c, name) == SDConfig.__dataclass_fields__[name].default
         yield name, unset or not flow, "flow matching does not use it; leave it out, or give --prediction_type epsilon"
+    yield "flow_time_mean", flow or c.flow_time_mean == 0, "is read by flow alone; leave it out"
     yield "beta_start", c.beta_start <= c.beta_end, "is above beta_end; noise must grow with t"
     yield "scale_betas", last_beta < 1, f"makes the last beta {last_beta:.3g}, at least 1; give more --timesteps"
     log_alpha_bar = (math.log1p(-c.beta_start) + math.log1p(-last_beta)) / 2 * c.timesteps

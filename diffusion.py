@@ -88,10 +88,10 @@ def levels(process, t):
 def draw_times(count, cfg):
     """Times to train at -> (count,) on the CPU: integers in 0 .. T-1, or for flow floats in (0, T).
 
-    Flow takes s = sigmoid(N(0, 1)), which favours the middle (Esser et al., section 3.1).
+    Flow takes s = sigmoid(N(flow_time_mean, 1)): 0 favours the middle (Esser et al., section 3.1), more the noisy end.
     """
     if cfg.prediction_type == "flow":
-        return cfg.timesteps * torch.randn(count).sigmoid()
+        return cfg.timesteps * (torch.randn(count) + cfg.flow_time_mean).sigmoid()
     return torch.randint(cfg.timesteps, (count,))
 
 

@@ -9,39 +9,41 @@ evaluation_ema...) to the run directory:
   loss         of held-out pictures, divided by the least that Gaussian latents allow: with the covariance of training
                (wiener; 1 is as good as the best linear denoiser), and with its mean variance alone (white)
   captions     how much the loss rises with another picture's caption, or none; near 0, the text is not heard
+  words        on photographs: how well a small network, trained here on the training pictures, reads the prompts' words
+               off the pictures (mean AUC: 0.5 is nothing heard), beside real pictures, and real ones through the VAE
   distances    Frechet and kernel distance of generated to real pictures, and of other real ones to the same
+  looks        contrast and colourfulness of generated pictures, divided by those of real ones through the VAE
   channels     how much the channel means of generated latents vary, divided by how much those of training do
   memorised    how near the nearest training picture is to generated ones, and to held-out ones
-  prompts      on scenes: how often a small classifier, trained here, reads the prompt's subject, colour and place off
-               the picture; its accuracy on real scenes is the most that is possible
+  prompts      on scenes: how often a small classifier reads the prompt's subject, colour and place off the picture; its
+               accuracy on real scenes is the most that is possible
   composition  the same for combinations of the three that training never showed (--held_out_combinations)
-What it is not: the run is neither trained nor changed, and the distances are no FID. On scenes their features are the
-classifier's; on photographs those of a random network, which notices wrong colours, textures and layouts but knows no
-objects. They compare runs on the same pictures, at the same number of pictures. --fid_and_clip gives FID.
+What it is not: the run is neither trained nor changed, and the distances are no FID: their features are those of the
+judges in support/judges.py. They compare runs on the same pictures, at the same number of pictures. --fid_and_clip gives
+FID.
 """
 
 import json
 import math
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 import metrics
 from diffusion import configured_process, held_out_losses, levels, sample
-from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, split_combinations
-from support import devices, errors, files, flags, models, show
+from scenes import split_combinations
+from support import checkpoint, devices, errors, files, flags, judges, models, show
+from support.judges import ATTRIBUTES, paint_scenes, scenes_of
 from text_encoder import make_text_encoder
 from training import seed_step
 from vae import held_out_figures, pictures_per_pass, reparameterize
 
-CLASSIFIER_SERIES, REAL_SERIES, PROMPT_SERIES = 101, 102, 103  # series of scenes that no training uses
-CLASSIFIER_SCENES, CLASSIFIER_EPOCHS, REAL_SCENES = 8192, 4, 1024
-CLASSIFIER_SIZE = 64  # pixels; larger pictures are shrunk to it
-ATTRIBUTES = {"subject": list(SUBJECTS), "colour": list(COLOURS), "place": list(PLACES)}
+REAL_SERIES, PROMPT_SERIES = 102, 103  # series of scenes that neither a training nor a judge uses
+REAL_SCENES = 1024
+LEAST_PROMPTS = 5  # with a word, and without it, that its AUC is measured from
 LOSS_BINS, LOSS_DRAWS = 10, 4  # bins of t; times and noises per held-out picture
 LATENT_NUMBERS = 2**24  # of the training latents that are looked at: bounds memory and time
 LARGEST_COVARIANCE = 4096  # numbers in a latent (256 pixels): beyond it the eigenvalues take hours
@@ -62,7 +64,7 @@ def main():
     library = load_library(device) if args.fid_and_clip else None  # first, because it may not be there
 
     # ---- Data ----
-    train, _, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
+    train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
     if len(train) < 2:
         raise errors.UserError(f"--run_dir {run_dir}: trained on one picture, which has no variance; train on more")
     some = train[: max(2, LATENT_NUMBERS // math.prod(unet.latent_shape) // (2 if cfg.horizontal_flips else 1))]
@@ -70,11 +72,14 @@ def main():
     held_out_latents = encode(run, held_out)
     seen, unseen = split_combinations(cfg.held_out_combinations)
     if cfg.dataset == "scenes":
-        classifier, prompts = train_classifier(cfg, device), scenes_of(PROMPT_SERIES, args.num_prompts, seen)[0]
+        judge, prompts = judges.scene_classifier(cfg, device), scenes_of(PROMPT_SERIES, args.num_prompts, seen)[0]
         real = paint_scenes(REAL_SERIES, max(REAL_SCENES, 2 * args.num_prompts), cfg, seen)
     else:
-        classifier, prompts = random_classifier(held_out, device), caption_prompts(captions, args.num_prompts)
-        real = held_out
+        made_from = checkpoint.newest_epoch_set(run_dir, "unet")[1]["made_from"]
+        key = {"data": data.fingerprint(train, train_captions), "vae": made_from}
+        decode = partial(through_vae, run)
+        judge, words, why = judges.word_judge(train, train_captions, encoder.split, decode, key, cfg.cache_dir, device)
+        real, prompts = held_out, caption_prompts(captions, args.num_prompts)
 
     # ---- VAE and denoiser ----
     results = {"run_dir": run_dir, "model": name, "ema": args.ema}
@@ -86,17 +91,27 @@ def main():
 
     # ---- Generated pictures ----
     pictures, z = generate(run, prompts, 0, options, "generate")
-    results["distances"] = distances(classifier, pictures, real, device)
+    seed_step(cfg.seed, 0)
+    shown = through_vae(run, held_out)
+    results["looks"] = {
+        name: measure(pictures) / max(measure(shown), 1e-6)
+        for name, measure in (("contrast", metrics.contrast), ("colourfulness", metrics.colourfulness))
+    }
+    results["distances"] = distances(judge, pictures, real, device)
     results["channel_means"] = channel_means(z, held_out_latents, latents)
     stem = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
     results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{stem}_nearest.png")
     if cfg.dataset == "scenes":
-        results["prompts"] = prompt_accuracy(classifier, pictures, real, seen, device)
+        results["prompts"] = prompt_accuracy(judge, pictures, real, seen, device)
+    else:
+        index = torch.arange(len(prompts)) % len(held_out)
+        sets = {"generated": pictures, "reconstructed": shown[index], "real": held_out[index]}
+        results["words"] = words_heard(judge, words, why, prompts, sets, encoder.split, device)
     if cfg.held_out_combinations:
         strange_prompts, _ = scenes_of(PROMPT_SERIES, args.num_prompts, unseen)
         strange, _ = generate(run, strange_prompts, len(prompts), options, "generate unseen")
         real_strange = paint_scenes(REAL_SERIES, REAL_SCENES, cfg, unseen)
-        results["composition"] = prompt_accuracy(classifier, strange, real_strange, unseen, device)
+        results["composition"] = prompt_accuracy(judge, strange, real_strange, unseen, device)
     show.save_grid(f"{stem}_samples.png", pictures[:64].float() / 255, columns=8)
     files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
     if library:  # last, because downloads may fail
@@ -135,6 +150,16 @@ def encode(run, pixels):
         progress.update(len(x))
     progress.close()
     return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def through_vae(run, pixels):
+    """uint8 pictures (N, 3, S, S) -> the same as the VAE shows them, decoded from a draw of their latents."""
+    parts = []
+    for x in batches(pixels, run.device):
+        x_hat = run.vae.decoder(reparameterize(*run.vae.encode(x))).clamp(-1, 1)
+        parts.append(((x_hat + 1) * 127.5).round().byte().cpu())
+    return torch.cat(parts)
 
 
 def caption_losses(run, latents, captions):
@@ -182,19 +207,6 @@ def caption_prompts(captions, count):
     return [texts[i // len(captions) % len(texts)] for i, texts in enumerate(several)]
 
 
-def scenes_of(series, count, combinations=None):
-    """The first scenes of a series -> full captions; (count, 3) int64: the numbers of subject, colour and place."""
-    scenes = [make_scene(series, i, combinations) for i in range(count)]
-    labels = [[names.index(getattr(scene, a)) for a, names in ATTRIBUTES.items()] for scene in scenes]
-    return [full_caption(scene.subject, scene.colour, scene.place) for scene in scenes], torch.tensor(labels)
-
-
-def paint_scenes(series, count, cfg, combinations=None):
-    """The same scenes as pictures -> uint8 (count, 3, S, S)."""
-    scenes = data.Scenes(series, count, cfg.image_size, combinations)
-    return data.read_pictures(scenes, cfg, show.progress_bar(f"paint series {series}"))[0]
-
-
 # ---- Measures -------------------------------------------------------------------------------------------
 
 
@@ -220,23 +232,45 @@ def loss_over_bounds(t, loss, latents, cfg):
 
 
 @torch.no_grad()
-def distances(classifier, generated, real, device):
-    """Distances of n generated to n real pictures, and of n other real ones to the same: the floor; {} without them."""
+def distances(judge, generated, real, device):
+    """Distances of n generated to n real pictures, and of n other real ones to the same: the floor; {} without a judge
+    or pictures."""
     n = min(len(generated), len(real) // 2)
-    if n < 2:
+    if n < 2 or judge is None:
         return {}
     sets = (generated[:n], real[:n], real[n : 2 * n])
-    g, a, b = (torch.cat([classifier(x)[0].cpu().double() for x in batches(pixels, device)]) for pixels in sets)
+    g, a, b = (torch.cat([judge(x)[0].cpu().double() for x in batches(pixels, device)]) for pixels in sets)
     figures = {"pictures": n}
     for name, distance in {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}.items():
         figures |= {name: distance(g, a), f"{name}_floor": distance(b, a)}
     return figures
 
 
+def words_heard(judge, words, why, prompts, sets, split, device):
+    """Mean AUC with which the judge reads the prompts' words off pictures of these prompts, real ones and generated.
+
+    words: [(column of the judge's logits, word)]; sets: {what: uint8 (N, 3, S, S)}. share: what generated pictures have
+    above 0.5, divided by what real ones through the VAE have. {"words": 0, "why": ...} where nothing can be measured.
+    """
+    said = judges.label([[prompt] for prompt in prompts], [word for _, word in words], split) > 0  # (N, W)
+    asked = [i for i, row in enumerate(said.T) if min(row.sum(), (~row).sum()) >= LEAST_PROMPTS]
+    if not asked:
+        return {
+            "words": 0,
+            "why": why or f"no word that the judge reads is in {LEAST_PROMPTS} of the prompts; ask more",
+        }
+    columns, figures = [words[i][0] for i in asked], {"words": len(asked)}
+    for kind, pixels in sets.items():
+        scores = judges.read_words(judge, batches(pixels, device))[:, columns]
+        figures[kind] = metrics.auc(scores, said[:, asked]).mean().item()
+    heard, most = figures["generated"] - 0.5, figures["reconstructed"] - 0.5
+    return figures | {"share": heard / most if most > 0 else None}
+
+
 def channel_means(z, held_out, train):
     """Variance of the channels' means over pictures, of latents z (N, C, h, w) and of held-out ones, divided by that of
     training latents. held_out, train: (mu, log_var)."""
-    seed_step(CLASSIFIER_SERIES, 1)
+    seed_step(judges.SEED, 1)
     real, generated = (metrics.channel_mean_variances(x) for x in (reparameterize(*train), z))
     figures = {"ratio": (generated.sum() / real.sum()).item(), "by_channel": (generated / real).tolist()}
     if len(held_out[0]) == 1:  # one picture has no variance
@@ -269,75 +303,16 @@ def memorisation(generated, held_out, train, cfg, path):
 
 
 @torch.no_grad()
-def prompt_accuracy(classifier, pictures, real, combinations, device):
+def prompt_accuracy(judge, pictures, real, combinations, device):
     """Shares right, by attribute and with all three right: of pictures of the prompts with these combinations, and of
     real scenes with them."""
     figures = {"num_prompts": len(pictures)}
     for kind, pixels, series in (("generated", pictures, PROMPT_SERIES), ("real", real, REAL_SERIES)):
-        read = [torch.stack([out.argmax(1) for out in classifier(x)[1]], dim=1) for x in batches(pixels, device)]
+        read = [torch.stack([out.argmax(1) for out in judge(x)[1]], dim=1) for x in batches(pixels, device)]
         right = torch.cat(read).cpu() == scenes_of(series, len(pixels), combinations)[1]  # (N, 3)
         shares = torch.column_stack([right, right.all(dim=1)]).float().mean(dim=0)
         figures[kind] = dict(zip((*ATTRIBUTES, "all"), shares.tolist()))
     return figures
-
-
-# ---- The classifier -------------------------------------------------------------------------------------
-
-
-class SceneClassifier(nn.Module):
-    """x: (B, 3, H, W) in [-1, 1] -> features (B, 256), and logits of subject, colour and place."""
-
-    def __init__(self):
-        super().__init__()
-        widths, layers = (3, 32, 64, 128, 128), []
-        for a, b in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU())
-        self.heads = nn.ModuleList([nn.Linear(256, len(names)) for names in ATTRIBUTES.values()])
-
-    def forward(self, x):
-        on = "cpu" if x.device.type == "mps" else x.device  # MPS shrinks by whole factors alone
-        h = self.features(F.interpolate(x.to(on), CLASSIFIER_SIZE, mode="area").to(x.device))
-        return h, [head(h) for head in self.heads]
-
-
-def train_classifier(cfg, device):
-    """Train on freshly painted scenes, with a little noise, so that it does not rely on single pixels."""
-    labels = scenes_of(CLASSIFIER_SERIES, CLASSIFIER_SCENES)[1].to(device)
-    pixels = paint_scenes(CLASSIFIER_SERIES, CLASSIFIER_SCENES, cfg)
-    seed_step(CLASSIFIER_SERIES, 0)
-    classifier = SceneClassifier().to(device)
-    steps = CLASSIFIER_EPOCHS * len(pixels) // 64
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    progress = show.Progress(steps, "train classifier")
-    for _ in range(steps):
-        index = torch.randint(len(pixels), (64,))
-        x = data.to_float(pixels[index], device)
-        _, logits = classifier(x + 0.1 * torch.randn_like(x))
-        loss = sum(F.cross_entropy(out, labels[index, i]) for i, out in enumerate(logits))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update()
-    progress.close()
-    return classifier.eval()
-
-
-@torch.no_grad()
-def random_classifier(pixels, device):
-    """For photographs: the untrained classifier, the same weights for every run, its BatchNorms set by `pixels`.
-
-    Without those its signal would drown in its biases. Naeem et al. 2020 (2002.09797) find random features sensible far
-    from ImageNet; features of the run's own VAE would change with the run that they are to judge.
-    """
-    seed_step(CLASSIFIER_SERIES, 0)
-    classifier = SceneClassifier().to(device)
-    for norm in (m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.momentum = 1.0  # running statistics: those of the one batch
-    classifier(data.to_float(pixels[: 8 * BATCH], device))
-    return classifier.eval()
 
 
 def load_library(device):
@@ -374,6 +349,11 @@ loss over white bound | {denoising[white][ratio]:.3f} | 1 is a loss of {denoisin
 loss over wiener bound | {denoising[wiener][ratio]:.3f} | 1 is a loss of {denoising[wiener][bound]:.4f}
 loss, shuffled - matched caption | {captions[shuffled][gap]:+.4f} | standard error {captions[shuffled][standard_error]:.4f}
 loss, empty - matched caption | {captions[empty][gap]:+.4f} | standard error {captions[empty][standard_error]:.4f}
+words heard ({words[words]} words), AUC | {words[generated]:.3f} | real {words[real]:.3f}, through the VAE {words[reconstructed]:.3f}
+words heard, of what the VAE shows | {words[share]:.2f} | 1
+words heard | - | {words[why]}
+contrast ratio | {looks[contrast]:.3f} | 1: real pictures through the VAE
+colourfulness ratio | {looks[colourfulness]:.3f} | 1: real pictures through the VAE
 Frechet distance, n = {distances[pictures]} | {distances[frechet]:.4g} | real {distances[frechet_floor]:.4g}
 kernel distance, n = {distances[pictures]} | {distances[kernel]:.4g} | real {distances[kernel_floor]:.4g}
 channel-mean variance ratio | {channel_means[ratio]:.3f} | real {channel_means[held_out]:.3f}

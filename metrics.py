@@ -5,6 +5,8 @@ What it is not: no model, no files, no random numbers. Functions on tensors, com
 Papers:
   Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule (arXiv 1706.08500), Eq. 6: the Frechet distance
   Binkowski et al. 2018, Demystifying MMD GANs (1801.01401): the kernel distance (KID)
+  Hanley & McNeil 1982, The Meaning and Use of the Area under a ROC Curve
+  Hasler & Susstrunk 2003, Measuring Colourfulness in Natural Images
   Lin et al. 2023 (2305.08891), section 3: a schedule with signal left at its last step makes samples too uniform
 """
 
@@ -97,3 +99,31 @@ def nearest_rows(x, chunks):
         number = torch.where(d < distance, first + i, number)
         distance, first = torch.minimum(d, distance), first + len(y)
     return distance / x.shape[1] ** 0.5, number
+
+
+def auc(scores, labels):
+    """Area under the ROC curve of each column: scores (N, W), labels (N, W) of 0 and 1 -> (W,) double; NaN where all are alike.
+
+    The chance that a row with the label scores higher than one without; a tie counts half (Hanley & McNeil 1982).
+    """
+    areas = []
+    for score, label in zip(scores.double().T, labels.bool().T):
+        above = score[label][:, None] - score[~label]
+        areas.append((above > 0).double().mean() + (above == 0).double().mean() / 2)
+    return torch.stack(areas)
+
+
+def contrast(pixels):
+    """Standard deviation of the numbers of a picture, mean over uint8 pictures (N, 3, H, W) -> float, in [0, 1]."""
+    return torch.cat([(x.float() / 255).flatten(1).std(dim=1) for x in pixels.split(CHUNK)]).mean().item()
+
+
+def colourfulness(pixels):
+    """Mean over uint8 pictures (N, 3, H, W), of values in [0, 1] (Hasler & Susstrunk 2003, section 7)."""
+    found = []
+    for x in pixels.split(CHUNK):
+        red, green, blue = (x.double() / 255).unbind(dim=1)
+        opponents = torch.stack([red - green, (red + green) / 2 - blue]).flatten(2)  # (2, B, H W)
+        spread, mean = opponents.var(dim=2).sum(dim=0).sqrt(), opponents.mean(dim=2).square().sum(dim=0).sqrt()
+        found.append(spread + 0.3 * mean)
+    return torch.cat(found).mean().item()

@@ -52,6 +52,10 @@ class ClipTextEncoder(nn.Module):
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return {"clip": digest.hexdigest()}
 
+    def split(self, prompt):
+        """-> the prompt's tokens, as strings."""
+        return self.tokenizer.tokenize(_printable(prompt))
+
     def tokenize(self, prompts):
         """-> token ids (B, 77). A special token written out in a prompt is plain text; what is cut off is warned about."""
         end, rows = self.tokenizer.eos_token_id, []
@@ -98,6 +102,10 @@ class WordHashTextEncoder(nn.Module):
             # NumPy promises never to change RandomState's numbers: the same vector on every machine and version
             self.vectors[key] = torch.from_numpy(np.random.RandomState(seed).randn(self.dim)).float()
         return self.vectors[key]
+
+    def split(self, prompt):
+        """-> the prompt's words."""
+        return words_of(prompt)
 
     def forward(self, prompts):
         out = torch.zeros(len(prompts), self.max_length, self.dim)

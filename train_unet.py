@@ -12,6 +12,7 @@ config.py.
 """
 
 import copy
+import sys
 from functools import partial
 
 import torch
@@ -98,10 +99,10 @@ def main():
                 run.save(f"{epoch}_step{state.step}", state)
 
         if world.rank == 0:
-            loss = evaluate(unet, t_embedder, text_encoder, held_out, held_out_captions, process, cfg)
-            guard.check_held_out(loss, state.step)
-            run.log("held_out", {"epoch": epoch, "step": state.step, "loss": loss})
-            progress.say(f"epoch {epoch}: held-out loss {loss:.4f}")
+            figures = evaluate(unet, t_embedder, text_encoder, held_out, held_out_captions, process, cfg)
+            guard.check_held_out(figures["loss"], state.step)
+            run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
+            progress.say(f"epoch {epoch}: {summary(figures)}")
             show_samples((unet, vae, t_embedder, text_encoder), process, autocast, cfg, run, epoch)
             draw_curves(run)
         state.epoch = epoch
@@ -110,6 +111,8 @@ def main():
 
     # ---- Done ----
     progress.close()
+    if world.rank == 0:
+        warn_if_unheard(figures, cfg)
     print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
 
 
@@ -163,11 +166,44 @@ def batch_gradients(predict, embed_t, optimizer, autocast, cfg, world, count, z_
 
 
 def evaluate(unet, t_embedder, text_encoder, held_out, captions, process, cfg):
-    """Held-out loss at the same latents, noise and timesteps at every epoch."""
-    training.seed_step(cfg.seed, 0)
-    z, texts = reparameterize(*held_out.unbind(1)), [several[0] for several in captions]
-    _, losses = diffusion.held_out_losses(unet, t_embedder, text_encoder, z, texts, process, cfg.batch_size)
-    return losses.mean().item()
+    """Held-out loss, and what another picture's caption and none cost more, as shares of it with standard errors.
+
+    At the same latents, noise and timesteps at every epoch and for each caption. With one picture there is no other.
+    """
+    own, losses = [several[0] for several in captions], {}
+    for kind, texts in {"own": own, "other": own[1:] + own[:1], "none": [""] * len(own)}.items():
+        training.seed_step(cfg.seed, 0)
+        z = reparameterize(*held_out.unbind(1))
+        _, losses[kind] = diffusion.held_out_losses(unet, t_embedder, text_encoder, z, texts, process, cfg.batch_size)
+    loss = losses["own"].mean().item()
+    figures = {"loss": loss}
+    for kind in ("other", "none"):
+        gap = (losses[kind] - losses["own"]).double() / loss
+        error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else float("nan")
+        figures |= {f"{kind}_caption": gap.mean().item(), f"{kind}_caption_error": error}
+    return figures
+
+
+def summary(figures):
+    costs = (
+        f"{what} {figures[f'{kind}_caption']:+.2%} ({figures[f'{kind}_caption_error']:.2%})"
+        for kind, what in (("other", "another picture's caption"), ("none", "no caption"))
+    )
+    return f"held-out loss {figures['loss']:.4f}; {', '.join(costs)}"
+
+
+def warn_if_unheard(figures, cfg):
+    """One line if another picture's caption costs nothing that two standard errors do not cover."""
+    gap, error = figures["other_caption"], figures["other_caption_error"]
+    if not gap <= 2 * error:  # one held-out picture has no error: nothing is known, nothing is said
+        return
+    remedies = [f"--lr {10 * cfg.lr:.0e} with --lr_warmup_steps 200"] if cfg.lr < 5e-4 else []
+    remedies += ["--prediction_type flow"] if cfg.prediction_type != "flow" else []
+    print(
+        f"warning: the captions are not heard: another picture's caption costs {gap:+.2%} of the loss, with a standard "
+        f"error of {error:.2%}; what helps: {', '.join([*remedies, 'more epochs, captions that fit their pictures'])}",
+        file=sys.stderr,
+    )
 
 
 def show_samples(models, process, autocast, cfg, run, epoch):
