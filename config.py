@@ -130,7 +130,7 @@ def rules(c):
     log_alpha_bar = (math.log1p(-c.beta_start) + math.log1p(-last_beta)) / 2 * c.timesteps
     yield (
         "beta_end",
-        log_alpha_bar > -200,
+        flow or log_alpha_bar > -200,
         "leaves no signal long before the last step; give less, or fewer --timesteps",
     )
     yield "sample_steps", flow or c.sample_steps <= c.timesteps, f"above the T of training; give at most {c.timesteps}"

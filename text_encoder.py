@@ -54,7 +54,7 @@ class ClipTextEncoder(nn.Module):
 
     def split(self, prompt):
         """-> the prompt's tokens, as strings."""
-        return self.tokenizer.tokenize(_printable(prompt))
+        return self.tokenizer.tokenize(prompt.encode("utf-8", "replace").decode("utf-8"))
 
     def tokenize(self, prompts):
         """-> token ids (B, 77). A special token written out in a prompt is plain text; what is cut off is warned about."""

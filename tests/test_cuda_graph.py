@@ -1,4 +1,4 @@
-"""Promises of cuda_graph.py. A stand-in for CUDA's graphs on a CPU replays into fixed memory as they do; what only a GPU
+"""Promises of support/cuda_graph.py. A stand-in for CUDA's graphs on a CPU replays into fixed memory as they do; what only a GPU
 can show is skipped without one."""
 
 import contextlib
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import PRESETS, SDConfig
-from cuda_graph import WARM_UP, recorded
+from support.cuda_graph import WARM_UP, record_cuda_graph
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -43,7 +43,7 @@ class FakeGenerator:
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """-> make(function, parameters): recorded() as on CUDA, but by FakeGraph; and what it calls, and where that leaves CUDA.
+    """-> make(function, parameters): record_cuda_graph() as on CUDA, but by FakeGraph; and what it calls, and where that leaves CUDA.
 
     Where function.fails is set, its kernels cannot be recorded, and then ending the recording fails too.
     """
@@ -80,7 +80,7 @@ def fake_cuda(monkeypatch):
                     raise RuntimeError("operation not permitted when stream is capturing\nmore")
             return output
 
-        return recorded(noted, "cuda", parameters), calls, cuda
+        return record_cuda_graph(noted, "cuda", parameters), calls, cuda
 
     return make
 
@@ -110,7 +110,7 @@ def test_replays_give_what_the_function_gives_for_every_shape_in_any_order(fake_
         earlier.append((loss, loss.clone()))
     assert (
         calls.count("recorded") == 2 and calls.count("run") == 2 * WARM_UP
-    )  # one recording per shape, after the warm-up
+    )  # a recording per shape, after the warm-up
     assert len(set(cuda["pools"])) == 1
     assert all(torch.equal(loss, then) for loss, then in earlier)  # no replay writes over what was returned before
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning_that_says_why(f
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
 def test_other_devices_get_the_function_itself(device):
-    assert recorded(len, device) is len
+    assert record_cuda_graph(len, device) is len
 
 
 @on_gpu
@@ -157,7 +157,7 @@ def trained_unet(replay):
         return loss.detach(), clip_gradients(optimizer, cfg.max_grad_norm)
 
     if replay:
-        gradients = recorded(gradients, "cuda", parameters)
+        gradients = record_cuda_graph(gradients, "cuda", parameters)
     for step in range(20):
         n = 8 if step % 3 else 5
         z = torch.randn(n, *unet.latent_shape, device="cuda")
@@ -170,7 +170,7 @@ def trained_unet(replay):
 @on_gpu
 def test_a_recording_that_fails_leaves_cuda_usable(capsys):
     """Reading a number back cannot be recorded. Afterwards random numbers, which a recording takes from elsewhere, go on."""
-    call = recorded(lambda x: x * x.sum().item(), "cuda")
+    call = record_cuda_graph(lambda x: x * x.sum().item(), "cuda")
     for _ in range(WARM_UP + 3):
         x = torch.randn(3, device="cuda")
         assert torch.allclose(call(x), x * x.sum())

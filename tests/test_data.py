@@ -1,4 +1,4 @@
-"""Promises of data.py and scenes.py: the same pictures and captions everywhere, nothing skipped in silence."""
+"""Promises of data.py: the same pictures and captions everywhere, nothing skipped in silence."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error
 from PIL import Image
 
 from config import SDConfig, UserError
@@ -15,7 +14,8 @@ from data import (
     Scenes,
     choose_captions,
     coco_records,
-    draw_views,
+    crop_pictures,
+    draw_crops,
     folder_records,
     most_workers,
     number_captions,
@@ -23,9 +23,7 @@ from data import (
     read_captions,
     read_pictures,
     read_square,
-    take_views,
 )
-from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene, paint, split_combinations
 from training import show_progress
 
 
@@ -43,128 +41,6 @@ def coco(root, captions):
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations/captions_train2017.json").write_text(json.dumps({"images": images, "annotations": notes}))
     return SDConfig(data_root=str(root), image_size=32, num_workers=0, cache_dir="")
-
-
-# ---- Scenes ----
-
-
-def test_scenes_are_a_pure_function_of_seed_and_index():
-    a, b = Scenes(0, 4, 32), Scenes(0, 9, 32)
-    assert a.captions == b.captions[:4] and np.array_equal(a[3], b[3])
-    assert make_scene(0, 3) != make_scene(1, 3)
-
-
-def test_scenes_are_the_same_on_every_machine():
-    """Pinned: a change of the series is a change of the data set, and must be meant."""
-    s = make_scene(0, 0)
-    assert (s.subject, s.colour, s.place, s.caption, s.facing, s.decoration) == PINNED_SCENE
-    assert round(s.x, 6) == PINNED_X
-
-
-PINNED_SCENE = ("sports car", "black", "in the desert", "a picture of a black sports car in the desert", -1, 1257272502)
-PINNED_X = 0.48705
-
-
-def test_scenes_are_as_rich_as_promised():
-    assert len(SUBJECTS) >= 10 and len(COLOURS) >= 8 and len(PLACES) >= 6
-    scenes = [make_scene(0, i) for i in range(20_000)]
-    captions = {s.caption for s in scenes}
-    assert {"a dog on the grass", "a red sports car"} <= captions
-    assert len({(s.subject, s.colour, s.place) for s in scenes}) == len(SUBJECTS) * len(COLOURS) * len(PLACES)
-    for attribute in ("x", "y", "size", "facing", "light", "decoration"):
-        assert len({getattr(s, attribute) for s in scenes}) > 1, attribute
-
-
-def test_captions_say_what_is_painted():
-    for i in range(500):
-        s = make_scene(5, i)
-        assert s.subject in s.caption
-        said = [c for c in COLOURS if f" {c} " in f" {s.caption} "]
-        _, usual_colour, usual_place = SUBJECTS[s.subject]
-        assert said == [s.colour] or (said == [] and s.colour == usual_colour)
-        places = [p for p in PLACES if p in s.caption]
-        assert places == [s.place] or (places == [] and s.place == usual_place)
-    assert full_caption("sports car", "orange", "at night") == "an orange sports car at night"
-
-
-def test_the_same_scene_at_two_sizes_is_the_same_picture():
-    s = make_scene(0, 1)
-    large = np.asarray(paint(s, 128).resize((32, 32), Image.Resampling.BOX), dtype=float)
-    assert np.abs(large - np.asarray(paint(s, 32), dtype=float)).mean() < 8
-
-
-def test_training_and_held_out_scenes_differ(tiny):
-    train, held_out = open_dataset(tiny)
-    assert not any(np.array_equal(train[i], held_out[i]) for i in range(8))
-
-
-# ---- Combinations kept out of training ----
-
-
-def attributes(scene):
-    return scene.subject, scene.colour, scene.place
-
-
-def said_or_usual(caption):
-    """Read (subject, colour, place) off a caption, what it leaves out being the usual one: a reader of its own."""
-    (subject,) = (s for s in SUBJECTS if s in caption)
-    colour = next((c for c in COLOURS if f" {c} " in f" {caption} "), SUBJECTS[subject][1])
-    return subject, colour, next((p for p in PLACES if p in caption), SUBJECTS[subject][2])
-
-
-def test_combinations_held_out_are_those_promised():
-    every = {(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES}
-    assert len(every) == 480, "the help of --held_out_combinations says 480"
-    for count in (0, 1, 48, 240):
-        seen, held_out = split_combinations(count)
-        assert len(held_out) == count and seen | held_out == every and not seen & held_out
-    few, many = split_combinations(48)[1], split_combinations(240)[1]
-    assert few < many
-    assert not many & {(s, colour, place) for s, (_, colour, place) in SUBJECTS.items()}
-    for column, table in enumerate((SUBJECTS, COLOURS, PLACES)):  # every word is still trained on, with most others
-        assert {c[column] for c in every - many} == set(table)
-    assert len({c[:2] for c in every - few}) == 80 and len({c[1:] for c in every - few}) == 48
-    assert sorted(few)[:2] == PINNED_COMBINATIONS, "another split is another experiment, and must be meant"
-    with pytest.raises(ValueError):
-        split_combinations(471)
-
-
-PINNED_COMBINATIONS = [("balloon", "blue", "in the desert"), ("balloon", "blue", "in the snow")]
-
-
-def test_training_scenes_show_no_combination_that_is_held_out():
-    """Judged by what is painted and by what a caption means, whatever it leaves unsaid; as many scenes as asked for."""
-    seen, held_out = split_combinations(48)
-    cfg = SDConfig(dataset="scenes", held_out_combinations=48, max_images=3000, held_out_images=300)
-    for dataset in open_dataset(cfg):
-        scenes = [dataset.scene(i) for i in range(len(dataset))]
-        assert [[s.caption] for s in scenes] == dataset.captions
-        assert not {attributes(s) for s in scenes} & held_out
-        assert {said_or_usual(s.caption) for s in scenes} <= seen
-    assert [len(d) for d in open_dataset(cfg)] == [3000, 300]
-    assert {attributes(make_scene(9, i, held_out)) for i in range(2000)} == held_out
-
-
-def test_holding_out_combinations_changes_no_other_scene():
-    seen, held_out = split_combinations(48)
-    replaced = 0
-    for i in range(2000):
-        plain, restricted = make_scene(3, i), make_scene(3, i, seen)
-        assert restricted == make_scene(3, i, seen)
-        assert (restricted == plain) == (attributes(plain) in seen)
-        replaced += restricted != plain
-    assert 50 < replaced < 300  # of 2000, 48 in 480
-    assert open_dataset(SDConfig(dataset="scenes", max_images=9))[0].captions == Scenes(0, 9, 32).captions
-
-
-def test_prepared_scenes_are_not_taken_for_those_of_another_split():
-    keys = [str(Scenes(0, 4, 32, split_combinations(n)[0]).key()) for n in (0, 1, 48)]
-    assert len(set(keys)) == 3
-
-
-def test_photographs_have_no_combinations():
-    with pytest.raises(UserError, match="--held_out_combinations.*coco"):
-        SDConfig(held_out_combinations=48)
 
 
 # ---- COCO ----
@@ -208,14 +84,14 @@ def test_real_coco_pictures_become_rgb_squares(real_data):
 
 
 def test_missing_captions_say_how_to_get_them(tmp_path):
-    with pytest.raises(UserError, match="data.py download.*--preset demo"):
+    with pytest.raises(UserError, match="get_data.py download.*--preset demo"):
         open_dataset(SDConfig(data_root=str(tmp_path)))
 
 
 def test_missing_pictures_folder_is_named(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/captions_train2017.json").write_text("{}")
-    with pytest.raises(UserError, match="train2017: the pictures are not there.*data.py download"):
+    with pytest.raises(UserError, match="train2017: the pictures are not there.*get_data.py download"):
         open_dataset(SDConfig(data_root=str(tmp_path)))
 
 
@@ -255,29 +131,11 @@ def test_captions_of_an_id_that_two_pictures_have_are_left_out(tmp_path):
     assert odd == {"ids given twice": 1, "captions of unknown pictures": 1, "pictures without a caption": 2}
 
 
-@pytest.mark.parametrize("kind", ["coco", "folder"])
-def test_captions_too_large_for_the_memory_are_named(tmp_path, fork, kind):
-    """Of a caption of one word, Python makes objects of some hundred bytes."""
-    picture(tmp_path / "train2017/1.jpg")
-    (tmp_path / "annotations").mkdir()
-    name = "annotations/captions_train2017.json" if kind == "coco" else "metadata.jsonl"
-    if kind == "coco":
-        note = '{"image_id": 1, "caption": "x"}'
-        text = f'{{"images": [{json.dumps(ONE)}], "annotations": [{", ".join([note] * 500_000)}]}}'
-    else:
-        text = '{"file_name": "train2017/1.jpg", "text": "x"}\n' * 500_000
-    (tmp_path / name).write_text(text)
-    command = "data.py", "verify", "--dataset", kind, "--data_root", str(tmp_path)
-    small = fork(*command, cwd=tmp_path, inject={"limit_memory": 40 << 20}).wait()
-    assert_one_line_error(small, 1, f"{name}: not enough memory")
-    assert fork(*command, cwd=tmp_path).wait().returncode == 0
-
-
 # ---- Your own folder ----
 
 
 @pytest.mark.parametrize("kind", ["images", "metadata.jsonl"])
-def test_empty_captions_are_counted_and_listed(tmp_path, kind, capsys, run_here):
+def test_empty_captions_are_counted(tmp_path, kind, capsys):
     for name, text in {"cat": "a cat", "dog": " \n", "owl": ""}.items():
         picture(tmp_path / f"images/{name}.jpg")
         (tmp_path / f"images/{name}.txt").write_text(text)
@@ -286,9 +144,6 @@ def test_empty_captions_are_counted_and_listed(tmp_path, kind, capsys, run_here)
                 f.write(json.dumps({"file_name": f"images/{name}.jpg", "text": text}) + "\n")
     assert len(folder_records(str(tmp_path))) == 3
     assert "2 pictures have an empty caption" in capsys.readouterr().out
-    verify = "data.py", "verify", "--dataset", "folder", "--data_root", tmp_path
-    out = run_here(*verify, cwd=tmp_path).stdout
-    assert "2 pictures with an empty caption\n" in out and "dog.jpg" in out and "owl.jpg" in out and "cat" not in out
     for name in ("dog", "owl"):
         (tmp_path / f"images/{name}.txt").write_text(f"one {name}")
     if kind == "images":
@@ -427,36 +282,36 @@ def numbered_pixels(count=6, size=12):
     return torch.from_numpy(np.stack([n, row, column], axis=1).astype(np.uint8))
 
 
-def test_views_are_the_crops_and_mirrorings_they_say():
+def test_crops_are_where_and_mirrored_as_they_say():
     pixels, index = numbered_pixels(), torch.tensor([5, 0, 3])
-    views = torch.tensor([[0, 4, 8, 0], [2, 1, 8, 1], [4, 0, 8, 1]])
-    found = take_views(pixels, index, views, 8)
+    crops = torch.tensor([[0, 4, 8, 0], [2, 1, 8, 1], [4, 0, 8, 1]])
+    found = crop_pictures(pixels, index, crops, 8)
     expected = [pixels[5, :, 0:8, 4:12], pixels[0, :, 2:10, 1:9].flip(2), pixels[3, :, 4:12, 0:8].flip(2)]
     assert torch.equal(found, torch.stack(expected)) and found.dtype == torch.uint8
-    assert torch.equal(take_views(pixels, index, torch.tensor([[0, 0, 12, 0]] * 3), 12), pixels[index])
+    assert torch.equal(crop_pictures(pixels, index, torch.tensor([[0, 0, 12, 0]] * 3), 12), pixels[index])
 
 
 def test_larger_crops_are_shrunk_as_pillow_shrinks():
     """The path of a picture read at its size, so that a random scale has the sharpness of the pictures it stands for."""
     pixels = torch.randint(64, 192, (2, 3, 40, 40), dtype=torch.uint8)
-    found = take_views(pixels, torch.tensor([1, 0]), torch.tensor([[3, 5, 30, 0], [10, 0, 30, 1]]), 16)
+    found = crop_pictures(pixels, torch.tensor([1, 0]), torch.tensor([[3, 5, 30, 0], [10, 0, 30, 1]]), 16)
     crops = (pixels[1, :, 3:33, 5:35], pixels[0, :, 10:40, 0:30].flip(2))
     for x, crop in zip(found, crops, strict=True):
         theirs = Image.fromarray(crop.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
         assert (x.permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()).abs().max() <= 1
     edge = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     edge[..., 16:] = 255  # where bicubic weights overshoot on both sides
-    seen = take_views(edge, torch.tensor([0]), torch.tensor([[0, 0, 31, 0]]), 8)[0, 0, 0]
+    seen = crop_pictures(edge, torch.tensor([0]), torch.tensor([[0, 0, 31, 0]]), 8)[0, 0, 0]
     assert (seen[:3] < 30).all() and (seen[-3:] > 225).all()
 
 
 def test_random_scales_reach_from_image_size_to_the_whole_evenly_by_ratio():
     cfg = SDConfig(image_size=32, random_crop=96, random_scale=True)
     torch.manual_seed(0)
-    views = [draw_views(8, cfg) for _ in range(2000)]
-    sides = torch.stack([v[0, 2] for v in views])
+    crops = [draw_crops(8, cfg) for _ in range(2000)]
+    sides = torch.stack([c[0, 2] for c in crops])
     assert all(
-        (v[:, 2] == v[0, 2]).all() and (v[:, :2] >= 0).all() and (v[:, :2].amax() + v[0, 2] <= 128) for v in views
+        (c[:, 2] == c[0, 2]).all() and (c[:, :2] >= 0).all() and (c[:, :2].amax() + c[0, 2] <= 128) for c in crops
     )
     assert sides.min() == 32 and sides.max() == 128
     octaves = [((sides >= low) & (sides < 2 * low)).float().mean() for low in (32, 64)]
@@ -467,16 +322,16 @@ def test_random_scales_reach_from_image_size_to_the_whole_evenly_by_ratio():
         SDConfig(image_size=32, random_crop=97, random_scale=True)
 
 
-def test_views_are_a_function_of_the_seed_and_reach_every_crop():
+def test_crops_are_a_function_of_the_seed_and_reach_every_crop():
     cfg = SDConfig(random_crop=2, horizontal_flips=True)
     torch.manual_seed(0)
-    views = draw_views(2000, cfg)
+    crops = draw_crops(2000, cfg)
     torch.manual_seed(0)
-    assert torch.equal(views, draw_views(2000, cfg))
-    seen, counts = views.unique(dim=0, return_counts=True)
-    assert len(seen) == 3 * 3 * 2 and counts.min() > 60 and (views[:, 2] == cfg.image_size).all()
-    assert not draw_views(2000, SDConfig())[:, [0, 1, 3]].any()
-    assert draw_views(2000, SDConfig(random_crop=2))[:, 3].sum() == 0
+    assert torch.equal(crops, draw_crops(2000, cfg))
+    seen, counts = crops.unique(dim=0, return_counts=True)
+    assert len(seen) == 3 * 3 * 2 and counts.min() > 60 and (crops[:, 2] == cfg.image_size).all()
+    assert not draw_crops(2000, SDConfig())[:, [0, 1, 3]].any()
+    assert draw_crops(2000, SDConfig(random_crop=2))[:, 3].sum() == 0
 
 
 def test_only_training_pictures_are_larger_and_only_on_request(tmp_path):

@@ -9,8 +9,8 @@ import random
 import shutil
 
 import pytest
-from conftest import TINY, flags, no_hang
-from test_faults import COCO, GOOD, MINE, SAMPLE, coco, files, my_folder, photo
+from conftest import SAMPLE, SMALL, files, flags, forge, no_hang
+from test_faults import COCO, GOOD, MINE, coco, my_folder, photo
 
 MUTATIONS = 200
 
@@ -48,8 +48,6 @@ def assert_clean(result):
 
 def test_checkpoints(tiny_run, tmp_path, run_here):
     """Each file that sample.py opens, damaged; half of them so that the manifest vouches for the damage."""
-    from conftest import forge
-
     dice, shown = random.Random(1), 0
     shutil.copytree(tiny_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
     good = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
@@ -67,9 +65,8 @@ def test_checkpoints(tiny_run, tmp_path, run_here):
         assert signed or result.returncode == 1 or says_the_same(name, bad, good[name]), f"a changed {name} was used"
         shown += result.returncode
         shutil.rmtree(tmp_path / "run/samples", ignore_errors=True)
-        assert {p.name for p in tmp_path.iterdir()} == {"run"} and {
-            p.name for p in (tmp_path / "run").iterdir()
-        } == set(good)
+        assert {p.name for p in tmp_path.iterdir()} == {"run"}
+        assert {p.name for p in (tmp_path / "run").iterdir()} == set(good)
         for file in (name, "unet_set2.json"):
             (tmp_path / "run" / file).write_bytes(good[file])
     assert shown > MUTATIONS / 2
@@ -90,7 +87,7 @@ def test_pictures(tmp_path, run_here, monkeypatch):
         (tmp_path / "mine/images/bad.jpg").write_bytes(mutate(dice.choice(kinds), dice))
         before = files(tmp_path / "mine")
         with no_hang():
-            result = run_here("data.py", "verify", "--dataset", "folder", "--data_root", "mine", cwd=tmp_path)
+            result = run_here("get_data.py", "verify", "--dataset", "folder", "--data_root", "mine", cwd=tmp_path)
         assert_clean(result)
         outcomes.add(result.returncode)
         assert files(tmp_path / "mine") == before and [p.name for p in tmp_path.iterdir()] == ["mine"]
@@ -108,7 +105,7 @@ def test_captions(tmp_path, run_here):
     for i in range(MUTATIONS):
         coco(tmp_path, mutate(good, dice) if dice.random() < 0.5 else json.dumps(mangle(GOOD, dice)).encode())
         with no_hang():
-            result = run_here("data.py", "verify", "--data_root", "coco", cwd=tmp_path)
+            result = run_here("get_data.py", "verify", "--data_root", "coco", cwd=tmp_path)
             assert_clean(result)
             if i % 20 == 0:
                 assert_clean(run_here("train_vae.py", *COCO, "--overwrite", "--max_steps", 1, cwd=tmp_path))
@@ -119,23 +116,8 @@ def test_captions(tmp_path, run_here):
 
 def mangle(value, dice):
     """The same JSON with one value somewhere replaced by an odd one."""
-    odd = (
-        None,
-        -1,
-        2**70,
-        1e308,
-        "",
-        "\ud800",
-        "../../x",
-        "/etc/passwd",
-        "\0",
-        [],
-        {},
-        [[]],
-        True,
-        "x" * 5000,
-        "\x1b[2J",
-    )
+    strings = "", "\ud800", "../../x", "/etc/passwd", "\0", "x" * 5000, "\x1b[2J"
+    odd = *strings, None, -1, 2**70, 1e308, [], {}, [[]], True
     if dice.random() < 0.15 or not isinstance(value, dict | list) or not value:
         return dice.choice(odd)
     keys = list(value) if isinstance(value, dict) else range(len(value))
@@ -148,11 +130,30 @@ def mangle(value, dice):
 def test_arguments(tiny_run, tmp_path, run_here):
     """Flags with values that a slip of the hand or a script gives them."""
     dice = random.Random(4)
-    odd = ("", " ", "-1", "0", "1", "1e400", "nan", "inf", "-inf", "1.5", "9" * 400, "x", "\udcff", "\x1b[31m", "../..", "None", "--", "[]",
-           "1,2", "\u0663")  # fmt: skip
-    trainer = ["--lr", "--batch_size", "--num_epochs", "--seed", "--image_size", "--block_out_channels", "--beta", "--beta_start",
-               "--text_encoder", "--num_heads", "--dataset", "--preset", "--captions_json", "--save_minutes", "--lr_schedule",
-               "--sample_prompts", "--ema_decay", "--nonsense", "--norm_num_groups", "--time_dim"]  # fmt: skip
+    odd = ["-1", "0", "1", "1e400", "nan", "inf", "-inf", "1.5", "x", "../..", "None", "--", "[]", "1,2"]
+    odd += ["", " ", "9" * 400, "\udcff", "\x1b[31m", "\u0663"]
+    trainer = [
+        "--lr",
+        "--batch_size",
+        "--num_epochs",
+        "--seed",
+        "--image_size",
+        "--block_out_channels",
+        "--beta",
+        "--beta_start",
+        "--text_encoder",
+        "--num_heads",
+        "--dataset",
+        "--preset",
+        "--captions_json",
+        "--save_minutes",
+        "--lr_schedule",
+        "--sample_prompts",
+        "--ema_decay",
+        "--nonsense",
+        "--norm_num_groups",
+        "--time_dim",
+    ]
     sampler = [
         "--steps",
         "--seed",
@@ -169,16 +170,8 @@ def test_arguments(tiny_run, tmp_path, run_here):
     for i in range(MUTATIONS):
         flag_names = sampler if i % 2 else trainer
         extra = [w for _ in range(dice.randint(1, 3)) for w in (dice.choice(flag_names), dice.choice(odd))]
-        train = (
-            dice.choice(("train_vae.py", "train_unet.py")),
-            "--preset",
-            "demo",
-            "--run_dir",
-            "new",
-            *flags(TINY),
-            "--max_steps",
-            1,
-        )
+        script = dice.choice(("train_vae.py", "train_unet.py"))
+        train = (script, "--preset", "demo", "--run_dir", "new", *flags(SMALL), "--max_steps", 1)
         with no_hang():
             result = run_here(*(SAMPLE if i % 2 else train), *extra, cwd=tmp_path)
         assert_clean(result)

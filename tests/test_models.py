@@ -1,197 +1,168 @@
-"""Promises of vae.py and unet.py: diffusers' names and numbers, the recipe's sizes, the paper's losses.
+"""Promises of support/models.py: a finished run's models, and in one line why they are not to be had."""
 
-diffusers is the independent oracle: the same weights, loaded strictly both ways, must give the same output.
-"""
-
-import math
+import json
+import os
+import shutil
+import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL as TheirVAE
-from diffusers import UNet2DConditionModel as TheirUNet
+from conftest import SAMPLE, TINY, TRAIN, assert_one_line_error, flags, forge, picture, sign
 
 from config import PRESETS, SDConfig
-from unet import TimeEmbedding, UNetLatent, attend
-from vae import AutoencoderKL, held_out_figures, reparameterize, vae_loss
+from diffusion import baab, sample
+from support.errors import UserError
+from support.models import check_text_encoder, load_models, load_vae, newest_run
+from text_encoder import WordHashTextEncoder
+from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL
 
-TOLERANCE = 1e-4
-
-
-def their_vae(cfg):
-    n = len(cfg.block_out_channels)
-    return TheirVAE(
-        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
-        block_out_channels=cfg.block_out_channels, layers_per_block=cfg.layers_per_block,
-        latent_channels=cfg.latent_channels, norm_num_groups=cfg.norm_num_groups,
-        use_quant_conv=False, use_post_quant_conv=False,
-    ).eval()  # fmt: skip
+CPU = torch.device("cpu")
 
 
-def their_unet(cfg):
-    n = len(cfg.unet_block_out_channels)
-    return TheirUNet(
-        sample_size=cfg.latent_size, in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
-        down_block_types=["CrossAttnDownBlock2D"] * n, up_block_types=["CrossAttnUpBlock2D"] * n,
-        only_cross_attention=[True] * (n - 1) + [False], block_out_channels=cfg.unet_block_out_channels,
-        layers_per_block=cfg.unet_layers_per_block, norm_num_groups=cfg.unet_norm_num_groups,
-        cross_attention_dim=cfg.text_dim, attention_head_dim=cfg.num_heads, use_linear_projection=True,
-        time_embedding_dim=cfg.time_dim,
-    ).eval()  # fmt: skip
+def load_by_hand(run, cfg):
+    """The recipe's way: build the three modules, torch.load the three plain state_dicts."""
+    vae = AutoencoderKL(cfg)
+    vae.load_state_dict(torch.load(run / "vae_ckpt_epoch2.pth", map_location="cpu", weights_only=True))
+    unet = UNetLatent(cfg)
+    unet.load_state_dict(torch.load(run / "unet_ckpt2.pth", map_location="cpu", weights_only=True))
+    t_ember = TimeEmbedding(cfg.time_dim)
+    t_ember.load_state_dict(torch.load(run / "t_ember_ckpt2.pth", map_location="cpu", weights_only=True))
+    return vae.eval(), unet.eval(), t_ember.eval()
 
 
-def randomize(module):
-    """Fill every weight, the zero-initialised ones too, so that a wrong connection cannot hide."""
-    torch.manual_seed(0)
+def test_models_are_those_of_the_plain_files(tiny_run):
+    run, cfg = tiny_run / "run", SDConfig(**PRESETS["demo"] | TINY)
+    found_cfg, name, *found = load_models(str(run), False, CPU)
+    assert (found_cfg, name) == (cfg, "unet_ckpt2")
+    for ours, by_hand in zip(found, load_by_hand(run, cfg)):
+        assert type(ours) is type(by_hand) and not ours.training
+        assert all(torch.equal(v, by_hand.state_dict()[k]) for k, v in ours.state_dict().items())
+    _, name, _, averaged, _ = load_models(str(run), True, CPU)
+    theirs = torch.load(run / "ema_unet_ckpt2.pth", weights_only=True)
+    assert name == "ema_unet_ckpt2" and all(torch.equal(v, theirs[k]) for k, v in averaged.state_dict().items())
+    vae, files = load_vae(cfg, str(run), CPU)
+    assert [*files] == ["vae_ckpt_epoch2.pth"] and not any(p.requires_grad for p in vae.parameters())
+
+
+def test_the_recipes_own_snippet_gives_the_picture_of_sample(tiny_run):
+    """The loop of the recipe, as its readers will paste it, against sample() from the same random state."""
+    cfg = SDConfig(**TINY)
+    vae, unet, t_embedder = load_by_hand(tiny_run / "run", cfg)
+    text_encoder = WordHashTextEncoder(cfg.text_dim, cfg.text_length)
+    prompt, num_samples, num_steps, device = "a red sports car", 2, 200, "cpu"
+
+    torch.manual_seed(3)
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            scale = 1 / math.sqrt(p[0].numel()) if p.dim() > 1 else 0.1
-            p.copy_(torch.randn_like(p) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return module.eval()
+        text_emb = text_encoder([prompt] * num_samples)
+        z = torch.randn(num_samples, cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
+        beta, alpha, alpha_bar = baab()
+        beta, alpha, alpha_bar = beta.to(device), alpha.to(device), alpha_bar.to(device)
+        for t in reversed(range(num_steps)):
+            t_batch = torch.full((num_samples,), t, device=device, dtype=torch.long)
+            eps_pred = unet(z, t_embedder(t_batch), text_emb)
+            noise = torch.randn_like(z) if t > 0 else torch.zeros_like(z)
+            mean = (z - ((1 - alpha[t]) / torch.sqrt(1 - alpha_bar[t])) * eps_pred) / torch.sqrt(alpha[t])
+            z = mean + torch.sqrt(beta[t]) * noise
+        theirs = (vae.decoder(z).clamp(-1, 1) + 1) / 2
+
+    torch.manual_seed(3)
+    ours = sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_samples=2)
+    assert (ours - theirs).abs().max() < 1e-3 and theirs.std() > 0.01
 
 
-def test_vae_equals_diffusers_with_the_same_weights(preset):
-    ours, theirs = randomize(AutoencoderKL(preset)), their_vae(preset)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.rand(2, 3, preset.image_size, preset.image_size) * 2 - 1
-    with torch.no_grad():
-        mu, log_var = ours.encode(x)
-        posterior = theirs.encode(x).latent_dist
-        assert (mu - posterior.mean).abs().max() <= TOLERANCE
-        assert (log_var - posterior.logvar).abs().max() <= TOLERANCE
-        assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
+class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what is turned into another type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
 
 
-def test_unet_equals_diffusers_with_the_same_weights(preset):
-    ours, t_ember, theirs = randomize(UNetLatent(preset)), randomize(TimeEmbedding(preset.time_dim)), their_unet(preset)
-    merged = ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()}
-    theirs.load_state_dict(merged, strict=True)
-    back = theirs.state_dict()
-    t_ember.load_state_dict(
-        {k.removeprefix("time_embedding."): back.pop(k) for k in list(back) if "time_embedding" in k}
-    )
-    ours.load_state_dict(back, strict=True)
-    z = torch.randn(3, *ours.latent_shape)
-    t = torch.tensor([0, 7, preset.timesteps - 1])
-    text_emb = torch.randn(3, preset.text_length, preset.text_dim)
-    with torch.no_grad():
-        assert (ours(z, t_ember(t), text_emb) - theirs(z, t, text_emb).sample).abs().max() <= TOLERANCE
+def test_sampling_turns_the_weights_into_bfloat16_once(tiny_run):
+    """And not in every step, which on two CPU cores made each step of a U-Net of coco's size a sixth longer."""
+    _, _, _, unet, t_ember = load_models(str(tiny_run / "run"), False, CPU)
+    z, t_emb, text_emb = torch.randn(1, *unet.latent_shape), t_ember(torch.zeros(1)), torch.randn(1, 12, 512)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first, second = Casts(), Casts()
+        for casts in (first, second):
+            with casts:
+                unet(z, t_emb, text_emb)
+    weights = [name for name, p in unet.named_parameters() if p.dim() > 1 and "norm" not in name]
+    assert first.count - second.count >= len(weights) > 50
 
 
-def test_the_recipes_sizes():
-    cfg = SDConfig(**PRESETS["coco"])
-    vae, unet, t_ember = AutoencoderKL(cfg), UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
-    with torch.no_grad():
-        mu, log_var = vae.encode(torch.zeros(1, 3, 128, 128))
-        assert mu.shape == log_var.shape == (1, 4, 16, 16)
-        assert vae.decoder(mu).shape == (1, 3, 128, 128)
-        assert len(vae(torch.zeros(1, 3, 128, 128))) == 3
-    parameters = sum(p.numel() for m in (unet, t_ember) for p in m.parameters())
-    assert 20.5e6 <= parameters <= 21.5e6
+def test_the_newest_run_is_the_one_in_which_an_epoch_was_saved_last(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no trained U-Net in runs/; run python train_vae.py"):
+        newest_run()
+    for age, preset in ((50, "coco"), (10, "demo"), (90, "best")):
+        (tmp_path / "runs" / preset).mkdir(parents=True)
+        for name in ("unet_set2.json", "unet_set1.json"):
+            shutil.copy(tiny_run / "run/unet_set2.json", tmp_path / "runs" / preset / name)
+            moment = time.time() - age
+            os.utime(tmp_path / "runs" / preset / name, (moment, moment))
+    (tmp_path / "runs/coco/unet_set3_step9.json").write_text("{}")  # within an epoch
+    assert newest_run() == os.path.join("runs", "demo")
 
 
-SIZES = {"coco64": (64, 4, 16), "coco": (128, 4, 16), "coco256": (256, 4, 32), "coco512": (512, 16, 32)}
+# ---- Models that are not to be had ----
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_each_size_has_the_levels_that_fit(name):
-    """Shapes through whole models on the meta device: latents of 16 or 32, U-Nets of 21M parameters down to 4 or 8."""
-    size, channels, side = SIZES[name]
-    cfg = SDConfig(**PRESETS[name])
-    assert (cfg.image_size, cfg.latent_channels, cfg.latent_size) == SIZES[name]
-    with torch.device("meta"), torch.no_grad():
-        vae, unet, t_ember = AutoencoderKL(cfg), UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
-        mu, log_var, x_hat = vae(torch.empty(2, 3, size, size))
-        seen = []
-        unet.mid_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
-        eps = unet(mu, t_ember(torch.zeros(2)), torch.empty(2, cfg.text_length, cfg.text_dim))
-    assert mu.shape == log_var.shape == eps.shape == (2, channels, side, side) and x_hat.shape == (2, 3, size, size)
-    assert seen == [side // 4]
-    assert 20.5e6 <= sum(p.numel() for m in (unet, t_ember) for p in m.parameters()) <= 21.5e6
-    assert 3 * size**2 / mu[0].numel() == (12 if name == "coco64" else 48)
+def test_what_is_missing_names_the_command_that_makes_it(tmp_path, run_here):
+    assert_one_line_error(run_here("train_unet.py", "--preset", "demo", cwd=tmp_path), 1, "train_vae.py")
+    missing = run_here("train_vae.py", "--preset", "coco", cwd=tmp_path)
+    assert_one_line_error(missing, 1, "captions_train2017.json", "demo")
 
 
-def test_a_vae_of_five_levels_equals_diffusers():
-    """What coco512 has and no other preset, at a few channels."""
-    cfg = SDConfig(image_size=64, block_out_channels=(8, 8, 16, 16, 16), latent_channels=16, norm_num_groups=4)
-    ours, theirs, x = randomize(AutoencoderKL(cfg)), their_vae(cfg), torch.randn(1, 3, 64, 64)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    with torch.no_grad():
-        mu = ours.encode(x)[0]
-        assert mu.shape == (1, 16, 4, 4) and (mu - theirs.encode(x).latent_dist.mean).abs().max() <= TOLERANCE
-        assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
+def test_a_vae_of_another_shape_or_age_is_refused(copy, run_here):
+    wider = run_here("train_unet.py", *TRAIN, *flags(TINY | {"image_size": 64}), "--overwrite", cwd=copy)
+    assert_one_line_error(wider, 1, "--image_size")
+    again = run_here("train_vae.py", *TRAIN, "--overwrite", *flags(TINY | {"seed": 9}), cwd=copy)
+    assert again.returncode == 0
+    remedy = "train_unet.py --run_dir run --overwrite"
+    assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "vae_ckpt_epoch2.pth", remedy)
 
 
-def test_the_unet_starts_by_predicting_nothing():
-    """Zero-initialised output: the first loss is that of the zero prediction, whatever the input."""
-    cfg = SDConfig(**PRESETS["demo"])
-    with torch.no_grad():
-        eps = UNetLatent(cfg)(
-            torch.randn(2, *(cfg.latent_channels, 16, 16)), torch.randn(2, cfg.time_dim), torch.randn(2, 5, 512)
-        )
-    assert eps.abs().max() == 0
+def test_a_vae_that_is_not_finished_is_refused(copy, run_here):
+    path = copy / "run/vae_set2.json"
+    path.write_text(sign(json.loads(path.read_text()) | {"finished": False}))
+    result = run_here("train_unet.py", *TRAIN, "--overwrite", *flags(TINY), cwd=copy)
+    assert_one_line_error(result, 1, "--run_dir run", "train_vae.py has not finished here")
 
 
-def test_the_caption_reaches_the_prediction(tiny):
-    unet = randomize(UNetLatent(tiny))
-    z, t_emb = torch.randn(2, *unet.latent_shape), torch.randn(2, tiny.time_dim)
-    with torch.no_grad():
-        a, b = (unet(z, t_emb, torch.randn(2, 5, tiny.text_dim)) for _ in range(2))
-    assert (a - b).abs().max() > 1e-3
+def test_a_vae_of_another_data_set_is_used_only_if_that_is_said(tiny_run, tmp_path, run_here):
+    shutil.copytree(tiny_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("unet_*", "ema_*", "t_ember_*"))
+    for i in range(3):
+        picture(tmp_path / f"images/{i}.png")
+        (tmp_path / f"images/{i}.txt").write_text("a picture")
+    settings = {k: v for k, v in TINY.items() if k != "dataset"}
+    words = ["train_unet.py", "--run_dir", "run", "--data_root", ".", "--max_steps", 1, *flags(settings)]
+    assert_one_line_error(run_here(*words, "--preset", "coco", cwd=tmp_path), 1, "--dataset", "coco", "scenes")
+    said = run_here(*words, "--preset", "coco", "--dataset", "folder", cwd=tmp_path)
+    assert said.returncode == 0 and "warning: the VAE was trained on --dataset scenes" in said.stderr
 
 
-def test_attention_in_bfloat16_is_that_in_float32():
-    """A CPU takes it by products of its own in bfloat16: values and gradients against PyTorch's kernel in float32."""
-    torch.manual_seed(0)
-    q, k, v, g = (torch.randn(2, 4, n, 32) for n in (64, 77, 77, 64))
-    results = []
-    for kernel, dtype in ((torch.nn.functional.scaled_dot_product_attention, torch.float32), (attend, torch.bfloat16)):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        h = kernel(*inputs)
-        results.append([h, *torch.autograd.grad(h, inputs, g.to(dtype))])
-    for exact, ours in zip(*results):
-        assert (ours.float() - exact).norm() <= 0.01 * exact.norm()
+def test_other_held_out_combinations_than_the_vaes_are_warned_of(tiny_run, tmp_path, run_here):
+    shutil.copytree(tiny_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("unet_*", "ema_*", "t_ember_*"))
+    words = [*TRAIN, "--max_steps", 1, *flags(TINY | {"held_out_combinations": 10})]
+    result = run_here("train_unet.py", *words, cwd=tmp_path)
+    assert result.returncode == 0 and "warning: the VAE was trained with other --held_out_combinations" in result.stderr
 
 
-def test_time_embedding_starts_from_cosines_and_sines():
-    """At t = 0 every cosine is 1 and every sine 0; the first frequency is 1 radian per step."""
-    t_ember = TimeEmbedding(64)
-    seen = []
-    t_ember.linear_1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    t_ember(torch.tensor([0, 3]))
-    assert torch.equal(seen[0][0], torch.tensor([1.0] * 8 + [0.0] * 8))
-    assert seen[0][1, 0].item() == pytest.approx(math.cos(3), abs=1e-6)
-    assert seen[0][1, 8].item() == pytest.approx(math.sin(3), abs=1e-6)
+def test_another_text_encoder_than_the_trained_one_is_refused(copy, run_here):
+    check_text_encoder(str(copy / "run"), WordHashTextEncoder(512, 12))
+    path = copy / "run/unet_set2.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["text"] == {"hash": 1, "dim": 512, "max_length": 12}
+    path.write_text(sign(manifest | {"text": {"clip": "another"}}))
+    assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "--text_encoder", "unet_set2.json")
 
 
-def test_vae_loss_is_the_papers():
-    """Against torch.distributions: KL summed over a latent, averaged over the batch; MSE averaged over pixels."""
-    mu, log_var = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
-    x, x_hat = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
-    normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(mu, (0.5 * log_var).exp()), normal(0.0, 1.0)).flatten(1).sum(1).mean()
-    mse = ((x - x_hat) ** 2).mean()
-    loss, our_mse, our_kl = vae_loss(x, mu, log_var, x_hat, beta=0.01)
-    torch.testing.assert_close((loss, our_mse, our_kl), (mse + 0.01 * kl, mse, kl))
-
-
-def test_reparameterize_draws_from_the_posterior():
-    torch.manual_seed(0)
-    z = reparameterize(torch.full((200_000,), 3.0), torch.full((200_000,), 2 * math.log(0.5)))
-    assert z.mean().item() == pytest.approx(3.0, abs=0.01) and z.std().item() == pytest.approx(0.5, abs=0.01)
-
-
-def test_held_out_figures_against_a_direct_computation(tiny):
-    vae = randomize(AutoencoderKL(tiny))
-    x = torch.rand(6, 3, 32, 32) * 2 - 1
-    torch.manual_seed(1)
-    figures = held_out_figures(vae, [x])
-    torch.manual_seed(1)
-    with torch.no_grad():
-        z = reparameterize(*vae.encode(x))
-        mse = ((vae.decoder(z) - x) ** 2).mean().item()
-    assert figures["mse"] == pytest.approx(mse, rel=1e-5)
-    assert figures["psnr_db"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-5)
-    assert figures["latent_mean"] == pytest.approx(z.mean().item(), abs=1e-5)
-    assert figures["latent_std"] == pytest.approx(z.std(correction=0).item(), rel=1e-4)
-    assert figures["latent_std_2"] == pytest.approx(z[:, 2].std(correction=0).item(), rel=1e-4)
+def test_pictures_that_are_not_numbers_are_not_written(copy, run_here):
+    weights = torch.load(copy / "run/vae_ckpt_epoch2.pth", weights_only=True)
+    forge(copy / "run", "unet", "2", "vae_ckpt_epoch2.pth", {k: torch.full_like(v, 3e38) for k, v in weights.items()})
+    assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "not numbers")
+    assert not list(copy.rglob("*_seed0.png"))

@@ -1,4 +1,4 @@
-"""Promises of prepared.py: computed once, the same as computed anew, never half, never of something else."""
+"""Promises of support/prepared.py: computed once, the same as computed anew, never half, never of something else."""
 
 import contextlib
 import errno
@@ -6,27 +6,23 @@ import itertools
 import json
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, flags
-from test_data import picture
+from conftest import CONTEXT, SMALL, TRAIN, assert_one_line_error, flags, picture
 
 import data
-import prepared
-import train_unet
-from config import SDConfig, UserError
-from data import Pictures, folder_records, open_dataset, read_pictures, read_rgb
-from prepared import mapped, prepare
-from text_encoder import WordHashTextEncoder
-from training import show_progress, to_float
-from vae import AutoencoderKL
+from config import SDConfig
+from data import open_dataset, read_pictures, read_rgb
+from support import prepared
+from support.errors import UserError
+from support.prepared import mapped, prepare
+from support.show import progress_bar
 
 COUNT = 10
 
@@ -91,7 +87,7 @@ def test_rows_that_cannot_be_had_take_no_room(tmp_path):
 
 def test_a_stop_while_the_whole_file_is_hashed_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("support.prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path, Rows())
     rows = Rows()
@@ -179,33 +175,33 @@ def test_a_damaged_file_is_made_again_and_never_used(tmp_path, capsys, how):
     assert "made again" in capsys.readouterr().out
 
 
-SLOW_BUILD = """
-import sys, time
-sys.path[:0] = sys.argv[2:]
-from test_prepared import Rows, make
-def rows(first):
-    print("begun", flush=True)
-    for row in Rows()(first):
-        time.sleep(0.05)
-        yield row
-make(sys.argv[1], rows)
-"""
+def slow_build(folder, begun):
+    def rows(first):
+        begun.set()
+        for row in Rows()(first):
+            time.sleep(0.05)
+            yield row
+
+    make(folder, rows)
 
 
+@contextlib.contextmanager
 def other_builder(folder):
     """A process in the middle of the same preparation."""
-    code = [os.environ.get("SD_CODE", str(ROOT)), str(ROOT / "tests")]
-    other = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(folder), *code], stdout=subprocess.PIPE, text=True)
-    while "begun" not in other.stdout.readline():
-        assert other.poll() is None
-    return other
+    begun = CONTEXT.Event()
+    other = CONTEXT.Process(target=slow_build, args=(folder, begun))
+    other.start()
+    assert begun.wait(60)
+    yield other
+    other.join(60)
 
 
 def test_of_two_builds_at_once_one_waits_for_the_other(tmp_path, capsys):
     with other_builder(tmp_path) as other:
         rows = Rows()
         assert torch.equal(make(tmp_path, rows)[0], expected()) and rows.firsts == []
-        assert other.wait() == 0 and "waiting for another process" in capsys.readouterr().out
+        assert "waiting for another process" in capsys.readouterr().out
+    assert other.exitcode == 0
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -237,7 +233,7 @@ def test_who_waits_for_a_build_that_is_killed_goes_on_with_it(tmp_path):
         threading.Timer(0.2, other.kill).start()
         rows = Rows()
         assert torch.equal(make(tmp_path, rows)[0], expected()) and len(rows.firsts) == 1
-        assert other.wait() == -signal.SIGKILL
+    assert other.exitcode == -signal.SIGKILL
 
 
 def test_a_changed_picture_is_read_again(tmp_path):
@@ -246,10 +242,9 @@ def test_a_changed_picture_is_read_again(tmp_path):
         (tmp_path / f"mine/images/{i}.txt").write_text("x")
     cfg = SDConfig(dataset="folder", data_root=str(tmp_path / "mine"), image_size=32, num_workers=0,
                    cache_dir=str(tmp_path / "prepared"))  # fmt: skip
-    before, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))
-    path = folder_records(cfg.data_root)[0][0]
-    picture(tmp_path / "mine/images" / os.path.basename(path), (0, 0, 250))
-    after, _ = read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))
+    before, _ = read_pictures(open_dataset(cfg)[0], cfg, progress_bar("read"))
+    picture(Path(open_dataset(cfg)[0].names[0]), (0, 0, 250))
+    after, _ = read_pictures(open_dataset(cfg)[0], cfg, progress_bar("read"))
     assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
 
 
@@ -263,7 +258,7 @@ def test_another_folder_with_pictures_of_the_same_names_sizes_and_times_is_not_m
             os.utime(path, ns=(0, 0))
         cfg = SDConfig(dataset="folder", data_root=str(tmp_path / folder), image_size=32, num_workers=0,
                        cache_dir=str(tmp_path / "prepared"))  # fmt: skip
-        found.append(read_pictures(open_dataset(cfg)[0], cfg, show_progress("read"))[0])
+        found.append(read_pictures(open_dataset(cfg)[0], cfg, progress_bar("read"))[0])
     assert not torch.equal(*found)
 
 
@@ -283,17 +278,16 @@ def test_pictures_that_can_be_read_again_are_no_longer_left_out(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr("data.read_rgb", refused)
-        before, captions = read_pictures(training, cfg, show_progress("read"))
+        before, captions = read_pictures(training, cfg, progress_bar("read"))
         assert len(before) == len(captions) == len(training) - 1
         read_pictures(training, cfg, lambda total, done: pytest.fail("as long as it lasts the file is as it should be"))
-    after, captions = read_pictures(training, cfg, show_progress("read"))
+    after, captions = read_pictures(training, cfg, progress_bar("read"))
     assert len(after) == len(captions) == len(training)
     assert torch.equal(torch.cat([after[:4], after[5:]]), before)
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), MemoryError()])
 def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monkeypatch, error):
-    import data
 
     picture(tmp_path / "0.png", (1, 2, 3))
     one = data.Pictures([(str(tmp_path / "0.png"), ["x"])], 32, {str(tmp_path)})
@@ -305,52 +299,39 @@ def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monk
     assert one[0].shape == (3, 32, 32)
 
 
-@pytest.mark.slow
-def test_a_cached_run_has_the_bits_of_one_in_memory_and_a_killed_build_goes_on(tmp_path, fork):
-    """Caches on and off, and a kill -9 while the pictures are prepared."""
-    runs = {}
-    for cache in ("", "prepared"):
-        settings = flags({**TINY, "cache_dir": cache})
-        for script in ("train_vae.py", "train_unet.py"):
-            command = (script, "--preset", "demo", "--run_dir", f"run{cache}", *settings)
-            if cache and script == "train_vae.py":
-                killed = fork(*command, cwd=tmp_path, inject={"kill_at_picture": 20}).wait()
-                assert killed.returncode == -signal.SIGKILL
-            result = fork(*command, cwd=tmp_path).wait()
-            assert result.returncode == 0, result.stderr
-        runs[cache] = {
-            p.name: p.read_bytes() for p in (tmp_path / f"run{cache}").iterdir() if p.suffix in (".pth", ".csv", ".png")
-        }
-    assert runs[""] == runs["prepared"]
-    again = fork(*command, "--overwrite", cwd=tmp_path).wait()
-    assert again.returncode == 0 and "read training" not in again.stdout and "encode" not in again.stdout
-    assert {p.name.split("-")[0] for p in (tmp_path / "prepared").iterdir()} == {"pictures", "latents", "captions"}
-
-
 def test_a_full_disk_is_one_line_and_what_is_prepared_is_kept(tmp_path, fork):
-    command = ("train_vae.py", "--preset", "demo", "--run_dir", "run", *flags(TINY | {"cache_dir": "prepared"}))
-    full = fork(*command, cwd=tmp_path, inject={"limit_file_size": 40_000}).wait()
+    command = ("train_vae.py", *TRAIN, *flags(SMALL | {"cache_dir": "prepared"}))
+    full = fork(*command, cwd=tmp_path, inject={"limit_file_size": 5_000}).wait()
     assert_one_line_error(full, 1, "prepared/pictures-", "--cache_dir", "make room")
     result = fork(*command, cwd=tmp_path).wait()
     assert result.returncode == 0 and "going on after row" in result.stdout
 
 
-@pytest.mark.slow
+def read_all(folder, grown):
+    """Prepare 150 MB, then read them in batches in random order; `grown` becomes what that takes of memory [MB]."""
+
+    def own():
+        line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    def rows(first):
+        return (np.full((3, 128, 128), i % 256, np.uint8) for i in range(first, 3000))
+
+    before = own()
+    x, _ = prepare(folder, "pixels", {}, (3, 128, 128), np.uint8, 3000, rows)
+    for index in torch.randperm(3000).split(32):
+        x[index].float().mean()
+    grown.value = own() - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_prepared_arrays_take_no_memory_of_their_own(tmp_path):
-    """300 MB read in batches in random order: what grows is page cache, which the system can take back."""
-    code = """
-import sys, numpy as np, torch
-from prepared import prepare
-def own(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
-rows = lambda first: (np.full((3, 128, 128), i % 256, np.uint8) for i in range(first, 6000))
-x, _ = prepare(sys.argv[1], "p", {}, (3, 128, 128), np.uint8, 6000, rows)
-before, total = own(), 0
-for index in torch.randperm(6000).split(32):
-    total += x[index].float().mean().item()
-print(own() - before)
-"""
-    out = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert float(out.stdout.splitlines()[-1]) < 60, out.stdout + out.stderr
+    """What grows is page cache, which the system can take back."""
+    grown = CONTEXT.Value("d", 1e9)
+    process = CONTEXT.Process(target=read_all, args=(str(tmp_path), grown))
+    process.start()
+    process.join()
+    assert grown.value < 40
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/meminfo")
@@ -373,28 +354,3 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "memmap", refuse)
     with pytest.raises(UserError, match="rows-.*: cannot be mapped into memory"):
         make(tmp_path, Rows())
-
-
-def test_pictures_and_latents_that_older_code_has_made_are_not_used(tmp_path, monkeypatch):
-    picture(tmp_path / "a.png")
-    pictures = Pictures([(str(tmp_path / "a.png"), ["a picture"])], 16, {str(tmp_path)})
-    cfg = SDConfig(**TINY | {"cache_dir": str(tmp_path / "prepared")})
-    vae, encoder, device = AutoencoderKL(cfg), WordHashTextEncoder(cfg.text_dim, cfg.text_length), torch.device("cpu")
-    pixels = torch.zeros(2, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
-
-    def files():
-        about = {"made_from": "a test", "machine": {}, "text": "a test", "code": train_unet.code_of_rows()}
-        train_unet.encode_all(vae, pixels, about, device, cfg, "encode")
-        train_unet.caption_embeddings(encoder, [["a picture"]], about, device, cfg)
-        return [len(list((tmp_path / "prepared").glob(f"{name}-*.json"))) for name in ("latents", "captions")]
-
-    key = pictures.key()
-    assert pictures.key() == key and files() == files() == [1, 1]
-    monkeypatch.setattr(data, "to_rgb", lambda picture: picture.convert("L").convert("RGB"))
-    assert pictures.key() != key
-    monkeypatch.setattr(train_unet, "vae_code", statistics)  # any other module's source
-    assert files() == [2, 1]
-    monkeypatch.setattr(train_unet, "text_encoder_code", statistics)
-    assert files() == [2, 2]
-    monkeypatch.setattr(train_unet, "to_float", lambda x, device: -to_float(x, device))
-    assert files() == [3, 2]

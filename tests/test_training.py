@@ -1,152 +1,198 @@
-"""Promises of training.py that need no run: the averaged weights, what counts as too little memory."""
+"""Promises of training.py: randomness by step, the learning rate, the averaged weights, steps that are not finite."""
 
-import os
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._functorch.config
-import torch._inductor.config
-from diffusers.training_utils import EMAModel
 
-from config import SDConfig, UserError
-from training import compiled, ema_decay_at, fetched_ahead, power_of_width, run_script, update_average
-from vae import ResnetBlock
+from config import SDConfig
+from support.errors import UserError
+from training import (
+    LOG_EVERY,
+    FiniteGuard,
+    Plan,
+    State,
+    clip_gradients,
+    ema_decay_at,
+    epoch_order,
+    hash_seed,
+    lr_at,
+    make_optimizer,
+    optimizer_step,
+    seed_step,
+    update_average,
+)
+
+# ---- Progress ----
+
+
+def followed(plan, stops=()):
+    """The (step, batch) of a training, and the steps that end a row; stopped and resumed after each of `stops`."""
+    seen, rows, state = [], [], State(0, 0, 0, torch.zeros(()))
+    while state.epoch < plan.last_epoch:
+        for index in plan.batches(state.epoch + 1, state.step):
+            state.step += 1
+            state.add(torch.tensor(1.0))
+            seen.append((state.step, index.tolist()))
+            if plan.ends_row(state):
+                rows.append(state.step)
+                assert state.take_means() == 1.0
+            if state.step in stops:
+                break
+        else:
+            state.epoch += 1
+    return seen, rows
+
+
+def test_every_picture_is_seen_once_in_an_epoch_in_another_order_each_time():
+    seen, rows = followed(Plan(10, 4, 3, None, seed=0))
+    assert [step for step, _ in seen] == list(range(1, 10)) and [len(index) for _, index in seen] == [4, 4, 2] * 3
+    epochs = [sum((index for _, index in seen[i : i + 3]), []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert rows == [3, 6, 9]
+
+
+def test_a_training_that_is_resumed_sees_the_rest():
+    plan = Plan(10, 4, 3, None, seed=0)
+    assert followed(plan, stops=(1, 2, 3, 5, 9)) == followed(plan)
+
+
+def test_max_steps_ends_within_an_epoch():
+    plan = Plan(10, 4, 3, max_steps=4, seed=0)
+    seen, rows = followed(plan)
+    assert (plan.total_steps, plan.last_epoch, len(seen), rows) == (4, 2, 4, [3, 4])
+    assert seen == followed(Plan(10, 4, 3, None, seed=0))[0][:4]
+    assert Plan(10, 4, 3, max_steps=99, seed=0).total_steps == 9
+
+
+def test_a_row_is_the_mean_of_so_many_steps():
+    plan, state = Plan(1000, 1, 1, None, seed=0), State(0, 0, 0, torch.zeros(2))
+    for step in range(1, LOG_EVERY + 1):
+        state.step = step
+        state.add(torch.tensor([float(step), 2.0]))
+        assert plan.ends_row(state) == (step == LOG_EVERY)
+    assert state.take_means() == [(LOG_EVERY + 1) / 2, 2.0]
+    assert state.count == 0 and not state.window.any()
+
+
+# ---- Randomness ----
+
+
+def test_what_is_drawn_is_a_function_of_seed_and_step():
+    def draw(*where):
+        seed_step(*where)
+        return torch.randn(4).tolist()
+
+    assert draw(0, 5) == draw(0, 5)
+    assert len({tuple(draw(*where)) for where in ((0, 5), (0, 6), (1, 5), (1, 6))}) == 4
+    assert not torch.equal(epoch_order(0, 1, 50), epoch_order(0, 2, 50))
+    assert torch.equal(epoch_order(3, 1, 50), epoch_order(3, 1, 50))
+
+
+def test_a_seed_is_the_same_on_every_machine_and_for_ever():
+    """Resuming a run of last year needs that."""
+    assert hash_seed(0, "step", 1) == 4677137154503864754
+    assert all(0 <= hash_seed(i, "order", i) < 2**63 for i in range(100))
+
+
+# ---- The optimizer's step ----
+
+
+def test_the_learning_rate_rises_and_then_falls_to_zero():
+    cfg = SDConfig(lr=2.0, lr_warmup_steps=3)
+    rates = [lr_at(step, 100, cfg) for step in range(1, 101)]
+    cosine = [1 + math.cos(math.pi * step / 100) for step in range(100)]
+    assert rates == pytest.approx([r * c for r, c in zip([0.25, 0.5, 0.75, *[1.0] * 97], cosine)])
+    assert rates[-1] < 0.001 < rates[0]
+    assert {lr_at(step, 100, SDConfig(lr=2.0, lr_schedule="constant")) for step in (1, 50, 100)} == {2.0}
+
+
+def test_a_step_is_adams_with_the_rate_and_the_decays_that_were_asked_for():
+    """Against the formulas of Kingma & Ba, weight decay added to the gradient."""
+    p, cfg = torch.nn.Parameter(torch.tensor([1.0, -2.0])), SDConfig(adam_beta2=0.9, weight_decay=0.1)
+    optimizer = make_optimizer([p], cfg)
+    m = v = torch.zeros(2)
+    w = p.detach().clone()
+    for step, lr in ((1, 0.1), (2, 0.05)):
+        p.grad = torch.tensor([0.5, step])
+        g = p.grad + 0.1 * w
+        optimizer_step(optimizer, lr)
+        m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g**2
+        w = w - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(p.detach(), w)
+
+
+@pytest.mark.parametrize("most, left", [(0.0, 5.0), (10.0, 5.0), (1.0, 1.0)])
+def test_gradients_are_clipped_and_their_norm_before_that_is_told(most, left):
+    p, unused = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+    p.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients(torch.optim.SGD([p, unused]), most).item() == pytest.approx(5.0)
+    assert p.grad.norm().item() == pytest.approx(left, rel=1e-5)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("loss, norm", [(1.0, float("inf")), (float("nan"), 1.0)])
+def test_the_first_step_that_is_not_finite_is_named(lazy, loss, norm):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer([p], SDConfig())
+    guard = FiniteGuard(torch.device("cpu"), SimpleNamespace(last_saved="run/set4"))
+    guard.lazy, message = lazy, "--lr: step 2 gives loss .* newest set is run/set4"
+
+    def take(step, *figures):
+        p.grad = torch.full((2,), figures[1])
+        guard.judge(optimizer, *map(torch.tensor, figures), step)
+        optimizer_step(optimizer, 0.1)
+
+    take(1, 1.0, 1.0)
+    if not lazy:
+        with pytest.raises(UserError, match=message):
+            take(2, loss, norm)
+        return
+    before = p.detach().clone()
+    take(2, loss, norm)
+    assert torch.equal(p.detach(), before)  # the optimizer has left it out
+    take(3, 1.0, 1.0)
+    with pytest.raises(UserError, match=message):
+        guard.check()
+    guard.check()  # each step is looked at once
+
+
+def test_held_out_figures_that_are_not_numbers_are_named():
+    guard = FiniteGuard(torch.device("cpu"), SimpleNamespace(last_saved="run/set4"))
+    guard.check_held_out(0.5, 7)
+    with pytest.raises(UserError, match="--lr: after step 7 .* run/set4"):
+        guard.check_held_out(float("nan"), 7)
+
+
+# ---- The averaged weights ----
 
 
 def averaged(cfg, values):
     """The average of a weight that is 0 at the start and values[n] after step n + 1."""
-    average, module = torch.nn.Linear(1, 1).double(), torch.nn.Linear(1, 1).double()
-    for p in average.parameters():
-        p.data.zero_()
+    average, weight = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for step, value in enumerate(values, 1):
-        for p in module.parameters():
-            p.data.fill_(value)
-        update_average(list(average.parameters()), list(module.parameters()), ema_decay_at(step, cfg))
-    return average.weight.item()
+        update_average([average], [weight.fill_(value)], ema_decay_at(step, cfg))
+    return average.item()
 
 
 def test_the_recipes_average_still_holds_its_initial_weights():
     """A weight that is 1 after every step and was 0 at first: 18,750 steps with decay 0.9999 leave 15 % of the 0."""
-    assert (
-        1 - averaged(SDConfig(), [1.0] * 18_750)
-        == pytest.approx(0.9999**18_750, rel=1e-6)
-        == pytest.approx(0.153, abs=1e-3)
-    )
+    left = 1 - averaged(SDConfig(), [1.0] * 18_750)
+    assert left == pytest.approx(0.9999**18_750, rel=1e-6) == pytest.approx(0.153, abs=1e-3)
     assert 1 - averaged(SDConfig(ema_warmup=True), [1.0] * 18_750) < 1e-6
 
 
+@pytest.mark.slow
 def test_warm_up_equals_diffusers():
+    from diffusers.training_utils import EMAModel
+
     theirs = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.999)
     cfg = SDConfig(ema_decay=0.999, ema_warmup=True)
     for step in (1, 2, 10, 500, 5_000, 20_000):
         assert ema_decay_at(step, cfg) == pytest.approx(theirs.get_decay(step + 1), abs=1e-12)
 
 
-@pytest.mark.parametrize("sigma_rel, gamma", [(0.05, 16.97), (0.1, 6.94)])
-def test_the_power_function_has_the_width_that_is_asked_for(sigma_rel, gamma):
-    """Averaging the step numbers themselves gives the profile's mean, averaging their squares its variance."""
-    assert power_of_width(sigma_rel) == pytest.approx(gamma, abs=0.01)
-    cfg, n = SDConfig(ema_sigma_rel=sigma_rel), 20_000
-    mean = averaged(cfg, [step / n for step in range(1, n + 1)])
-    square = averaged(cfg, [(step / n) ** 2 for step in range(1, n + 1)])
-    assert (square - mean**2) ** 0.5 == pytest.approx(sigma_rel, rel=0.01)
-    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
-
-
-def test_two_warm_ups_are_one_too_many():
-    with pytest.raises(UserError, match="--ema_sigma_rel"):
-        SDConfig(ema_warmup=True, ema_sigma_rel=0.1)
-
-
-@pytest.mark.parametrize(
-    "said", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory"]
-)
-def test_too_little_memory_is_one_line(said):
-    def main():
-        raise RuntimeError(said)
-
-    with pytest.raises(SystemExit, match="error: --batch_size.*: not enough memory"):
-        run_script(main)
-
-
-def test_a_fault_of_ours_is_not_taken_for_too_little_memory():
-    """It has "memory" in its words, but a smaller batch would not help."""
-
-    def main():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        run_script(main)
-
-
-@torch._dynamo.config.patch(suppress_errors=False)
-@torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
-def test_what_pays_is_compiled_unless_told_otherwise():
-    """By itself on CUDA alone, and in long runs alone; what torch.compile() returns compiles nothing until it is called."""
-    block, cuda, cpu = ResnetBlock(8, 16, 1), torch.device("cuda"), torch.device("cpu")
-    choices = [(True, cpu, False), (False, cuda, True), (None, cpu, True), (None, cuda, False), (None, cuda, True)]
-    assert [compiled(block, *choice) is not block for choice in choices] == [True, False, False, False, True]
-
-
-@pytest.mark.slow
-@torch._dynamo.config.patch(suppress_errors=False)
-@torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
-def test_all_that_can_fail_is_compiled_where_errors_are_suppressed(monkeypatch, tmp_path):
-    """The backward pass with the forward pass: without a compiler afterwards there are gradients all the same."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    block, x = ResnetBlock(8, 40, 1), torch.randn(3, 8, 8, 8)
-    loss = compiled(block, None, torch.device("cuda"), True)(x).pow(2).mean()
-    with torch._inductor.config.patch({"cpp.cxx": ("no_compiler",)}):
-        found = torch.autograd.grad(loss, block.parameters())
-    expected = torch.autograd.grad(block(x).pow(2).mean(), block.parameters())
-    for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="the compiler is found in another way there")
-@torch._dynamo.config.patch(suppress_errors=False)
-@torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
-@torch._inductor.config.patch({"cpp.cxx": ("no_compiler",)})
-def test_what_cannot_be_compiled_is_run_as_it_is(monkeypatch, tmp_path):
-    """Nobody has asked for it, so a machine without a compiler trains all the same."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    block, x = ResnetBlock(8, 24, 1), torch.randn(3, 8, 8, 8)
-    assert torch.equal(compiled(block, None, torch.device("cuda"), True)(x), block(x))
-    with pytest.raises(RuntimeError, match="no_compiler"):
-        torch._dynamo.config.suppress_errors = False
-        torch._dynamo.reset()
-        compiled(block, True, torch.device("cpu"), True)(x)
-
-
-@pytest.mark.slow
-def test_what_is_compiled_gives_the_same_bits_after_another_shape():
-    """As after the smaller last batch of an epoch, which a resumed run may not have seen yet."""
-    torch._dynamo.reset()
-    block = ResnetBlock(8, 16, 1)
-    call = compiled(block, True, torch.device("cpu"), False)
-
-    def gradients(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = call(x).float().pow(2).mean()
-        return torch.autograd.grad(loss, block.parameters())
-
-    x = torch.randn(8, 8, 16, 16)
-    before = gradients(x)
-    gradients(x[:7])
-    assert all(torch.equal(a, b) for a, b in zip(before, gradients(x)))
-
-
-def test_each_part_is_handed_out_when_the_next_one_has_been_begun():
-    """All of them, in their order; of none, none."""
-    begun = []
-
-    def parts(count):
-        for i in range(count):
-            begun.append(i)
-            yield torch.full((2,), float(i))
-
-    handed_out = [(part[0].item(), begun[-1]) for part in fetched_ahead(parts(4))]
-    assert handed_out == [(0, 1), (1, 2), (2, 3), (3, 3)]
-    assert list(fetched_ahead(parts(0))) == []
+def test_warm_up_begins_with_a_short_memory():
+    cfg = SDConfig(ema_decay=0.999, ema_warmup=True)
+    assert [ema_decay_at(step, cfg) for step in (1, 10, 10_000)] == [2 / 11, 11 / 20, 0.999]

@@ -1,0 +1,154 @@
+"""Get COCO, and find what is wrong with pictures and captions.
+
+  python get_data.py download --max_images 40000   COCO's captions and that many of its pictures, into data/coco
+  python get_data.py verify                        what is wrong with the pictures and captions that are there
+  python get_data.py verify --put_aside            also rename damaged pictures to NAME.damaged: download replaces them
+
+What it is not: support/coco.py talks to the server, data.py reads captions and pictures.
+"""
+
+import os
+import sys
+from collections import defaultdict
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from os.path import basename, exists, isdir, join
+
+from PIL import Image
+
+import data
+from config import SDConfig
+from support import coco
+from support.errors import UserError, printable, run_script, usage_error
+from support.files import Damaged
+from support.flags import Parser, positive_int
+from support.show import Progress
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="download | verify")
+    get = commands.add_parser("download", help="COCO's captions and a subset of its pictures", allow_abbrev=False)
+    look = commands.add_parser("verify", help="list what is wrong with a data set", allow_abbrev=False)
+    cfg, flag, shown, most = SDConfig(), get.add_argument, "(default: %(default)s)", coco.MOST_CONNECTIONS
+    for command, run in ((get, download), (look, verify)):
+        command.set_defaults(run=run)
+        command.add_argument("--data_root", default=cfg.data_root, help=f"folder of the data set {shown}")
+    flag("--max_images", type=positive_int, default=cfg.max_images, help=f"training pictures {shown}")
+    flag("--held_out_images", type=positive_int, default=cfg.held_out_images, help=f"pictures of val2017 {shown}")
+    flag("--base_url", default=coco.BASE_URL, help=f"a mirror with COCO's paths {shown}")
+    flag("--zip_sha1", default=coco.ZIP_SHA1, help="checksum of the captions' zip, if not COCO's own")
+    flag("--connections", type=positive_int, default=16, help=f"pictures at a time, at most {most} {shown}")
+    look.add_argument("--dataset", choices=("coco", "folder"), default="coco", help=shown)
+    look.add_argument("--put_aside", action="store_true", help="rename COCO's damaged pictures to NAME.damaged")
+    args = parser.parse_args()
+    args.run(args)
+
+
+def download(args):
+    """Captions, then the pictures that training with the same --max_images reads."""
+    if args.connections > coco.MOST_CONNECTIONS:
+        usage_error(f"--connections: {args.connections} are too many; give at most {coco.MOST_CONNECTIONS}")
+    root, train = args.data_root, SDConfig().captions_json
+    names, jobs = [train, train.replace("train", "val")], []
+    for path in (join(root, name) for name in names if exists(join(root, name))):
+        try:
+            data.read_captions(path)
+        except Damaged as e:  # no training could read it; kept all the same: it may be somebody's own
+            os.replace(path, f"{path}.damaged")
+            print(f"{printable(e)}. Renamed to {basename(path)}.damaged")
+    coco.get_captions(root, names, args.base_url, args.zip_sha1)
+    for name, count in zip(names, (args.max_images, args.held_out_images)):
+        captions, _ = data.read_captions(join(root, name))
+        folder = data.pictures_folder(name)
+        chosen = data.by_hash({picture: several for picture, several in captions.items() if several})[:count]
+        jobs += [(f"{args.base_url}/{folder}/{picture}", join(root, folder, picture)) for picture, _ in chosen]
+    failed = coco.get_pictures(jobs, data.read_rgb, args.connections)
+    for path, why in failed:
+        print(f"{path}: {printable(why)}", file=sys.stderr)
+    if failed:
+        remedy = "give the same command again for these alone, or train with --skip_bad"
+        raise UserError(f"--base_url: {len(failed)} of {len(jobs)} pictures could not be had (listed above); {remedy}")
+    print(f"{len(jobs)} pictures are in {root}; next: python train_vae.py")
+
+
+def verify(args):
+    """Decode every picture that has captions; print what is wrong and what is odd."""
+    root, coco_again = args.data_root, f"python get_data.py verify --put_aside --data_root {args.data_root}"
+    if args.put_aside and args.dataset != "coco":
+        usage_error("--put_aside: is for coco, which can be downloaded anew; replace your own pictures")
+    files = list_coco(root) if args.dataset == "coco" else list_folder(root)
+    bad = look_at_all(files, data.allowed_folders(files, root, args.dataset))
+    print_names("pictures that cannot be read", [f"{p}: {type(e).__name__}: {e}" for p, e in bad.items()], len(bad))
+    # what the system did not let us read need not be damaged
+    damaged = [p for p, e in bad.items() if not isinstance(e, MemoryError) and getattr(e, "errno", None) is None]
+    for path in damaged if args.put_aside else ():
+        os.replace(path, f"{path}.damaged")
+        del bad[path]
+    if args.put_aside and damaged:
+        what = f"python get_data.py download --data_root {root} gets anew those that training reads"
+        print(f"{len(damaged)} of them are renamed to NAME.damaged; {what}")
+    if bad:
+        remedy = f"{coco_again} and then download replace them" if args.dataset == "coco" else "replace them"
+        if args.put_aside:
+            remedy = "see to their permissions, the disk and the memory, for they need not be damaged"
+        which = f"{len(bad)} of {len(files)} pictures cannot be read (listed above)"
+        raise UserError(f"--data_root {root}: {which}; {remedy}, or train with --skip_bad")
+
+
+def look_at_all(files, folders):
+    """Print which modes are odd -> {path: the exception that says why it cannot be read}."""
+    bad, modes, progress = {}, defaultdict(list), Progress(len(files), "verify")
+    with ThreadPool(os.cpu_count()) as pool:
+        for path, found in zip(files, pool.imap(partial(look_at, folders=folders), files)):
+            if isinstance(found, Exception):
+                bad[path] = found
+            else:
+                modes[found].append(path)
+            progress.update()
+    progress.close()
+    for mode in sorted(modes.keys() - {"RGB", "L"}):
+        print_names(f"pictures of mode {mode}, which become RGB", modes[mode])
+    return bad
+
+
+def look_at(path, folders):
+    """-> the mode of a picture, or the exception that says why it cannot be read."""
+    try:
+        data.check_link(path, folders)
+        data.read_rgb(path)
+        with Image.open(path, formats=data.FORMATS) as picture:
+            return picture.mode
+    except Exception as e:  # decoders raise many kinds
+        return e
+
+
+def print_names(what, names, most=10):
+    print(f"{len(names)} {what}")
+    for name in [*sorted(names)[:most], *["..."] * (len(names) > most)]:
+        print(f"  {printable(name)}")
+
+
+def list_coco(root):
+    """Print what is odd about COCO's captions -> the pictures that are there and have captions."""
+    files = []
+    for name in data.captions_files(root, SDConfig().captions_json):
+        folder = join(root, data.pictures_folder(name))
+        captions, odd = data.read_captions(join(root, name))
+        there = set(os.listdir(folder)) if isdir(folder) else set()
+        for what, count in odd.items():
+            print(f"{count} {what} in {name}")
+        print_names(f"pictures in {name}, but not in {folder}", captions.keys() - there)
+        print_names(f"pictures in {folder}, but not in {name}", there - captions.keys())
+        files += [join(folder, picture) for picture in sorted(there & captions.keys())]
+    return files
+
+
+def list_folder(root):
+    records = data.folder_records(root)
+    print_names("pictures with an empty caption", [path for path, captions in records if "" in captions])
+    return sorted(path for path, _ in records)
+
+
+if __name__ == "__main__":
+    run_script(main)

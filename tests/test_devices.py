@@ -1,0 +1,123 @@
+"""Promises of support/devices.py: what is compiled and what is not, tensors that come back while the next is computed."""
+
+import os
+
+import pytest
+import torch
+
+from support.devices import (
+    computes_in_bf16,
+    copied_back_ahead,
+    gather_rows,
+    make_autocast,
+    maybe_compile,
+    move_if_it_fits,
+    pick_device,
+    to_device,
+)
+from vae import ResnetBlock
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture
+def compiler(monkeypatch, cache):
+    """torch.compile as in a fresh process; the blocks differ in their channels, so none has been compiled before."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+    torch._dynamo.reset()
+    with (
+        torch._dynamo.config.patch(suppress_errors=False),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=False),
+    ):
+        yield torch._inductor.config
+
+
+def test_what_pays_is_compiled_unless_told_otherwise(compiler):
+    """By itself on CUDA alone, and in long runs alone; what torch.compile() returns compiles nothing until it is called."""
+    block = ResnetBlock(8, 16, 1)
+    choices = [(True, CPU, False), (False, CUDA, True), (None, CPU, True), (None, CUDA, False), (None, CUDA, True)]
+    assert [maybe_compile(block, *choice) is not block for choice in choices] == [True, False, False, False, True]
+
+
+@pytest.mark.slow
+def test_all_that_can_fail_is_compiled_where_errors_are_suppressed(compiler):
+    """The backward pass with the forward pass: without a compiler afterwards there are gradients all the same."""
+    block, x = ResnetBlock(8, 40, 1), torch.randn(3, 8, 8, 8)
+    loss = maybe_compile(block, None, CUDA, True)(x).pow(2).mean()
+    with compiler.patch({"cpp.cxx": ("no_compiler",)}):
+        found = torch.autograd.grad(loss, block.parameters())
+    expected = torch.autograd.grad(block(x).pow(2).mean(), block.parameters())
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the compiler is found in another way there")
+def test_what_cannot_be_compiled_is_run_as_it_is(compiler):
+    """Nobody has asked for it, so a machine without a compiler trains all the same."""
+    block, x = ResnetBlock(8, 24, 1), torch.randn(3, 8, 8, 8)
+    with compiler.patch({"cpp.cxx": ("no_compiler",)}):
+        assert torch.equal(maybe_compile(block, None, CUDA, True)(x), block(x))
+        torch._dynamo.config.suppress_errors = False
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="no_compiler"):
+            maybe_compile(block, True, CPU, True)(x)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_gives_the_same_bits_after_another_shape(compiler):
+    """As after the smaller last batch of an epoch, which a resumed run may not have seen yet."""
+    block = ResnetBlock(8, 16, 1)
+    call = maybe_compile(block, True, CPU, False)
+
+    def gradients(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(x).float().pow(2).mean()
+        return torch.autograd.grad(loss, block.parameters())
+
+    x = torch.randn(8, 8, 16, 16)
+    before = gradients(x)
+    gradients(x[:7])
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(x)))
+
+
+def test_each_tensor_is_handed_out_when_the_next_one_has_been_begun():
+    """All of them, in their order; of none, none."""
+    begun = []
+
+    def parts(count):
+        for i in range(count):
+            begun.append(i)
+            yield torch.full((2,), float(i))
+
+    handed_out = [(part[0].item(), begun[-1]) for part in copied_back_ahead(parts(4))]
+    assert handed_out == [(0, 1), (1, 2), (2, 3), (3, 3)]
+    assert list(copied_back_ahead(parts(0))) == []
+
+
+def test_rows_are_gathered_wherever_they_are():
+    rows, index = torch.arange(12).view(6, 2), torch.tensor([5, 0, 5])
+    assert move_if_it_fits(rows, CPU) is rows
+    assert torch.equal(gather_rows(rows, index, CPU), rows[index])
+    assert to_device(rows, CPU) is rows
+
+
+@pytest.mark.parametrize("wanted, dtype", [("bf16", torch.bfloat16), ("no", torch.float32), ("auto", None)])
+def test_autocast_is_in_bf16_where_it_is_wanted(wanted, dtype, capsys):
+    dtype = dtype or (torch.bfloat16 if computes_in_bf16(CPU) else torch.float32)
+    a = torch.ones(2, 2)
+    with make_autocast(CPU, wanted)():
+        assert (a @ a).dtype == dtype
+    assert ("bfloat16" if dtype == torch.bfloat16 else "float32") in capsys.readouterr().out
+
+
+def test_the_device_is_one_that_works():
+    assert torch.ones(2, device=pick_device()).sum() == 2
