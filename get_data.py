@@ -26,10 +26,10 @@ from support.show import Progress
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="download | verify")
-    get = commands.add_parser("download", help="COCO's captions and a subset of its pictures", allow_abbrev=False)
-    look = commands.add_parser("verify", help="list what is wrong with a data set", allow_abbrev=False)
+    get = commands.add_parser("download", help="COCO's captions and a subset of its pictures")
+    look = commands.add_parser("verify", help="list what is wrong with a data set")
     cfg, flag, shown, most = SDConfig(), get.add_argument, "(default: %(default)s)", coco.MOST_CONNECTIONS
     for command, run in ((get, download), (look, verify)):
         command.set_defaults(run=run)
