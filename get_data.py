@@ -54,7 +54,10 @@ def download(args):
     for path in (join(root, name) for name in names if exists(join(root, name))):
         try:
             data.read_captions(path)
-        except Damaged as e:  # no training could read it; kept all the same: it may be somebody's own
+        except Damaged as e:
+            if not os.access(path, os.R_OK):  # a matter of permissions
+                raise
+            # no training could read it; kept all the same, for it may be somebody's own
             os.replace(path, f"{path}.damaged")
             print(f"{printable(e)}. Renamed to {basename(path)}.damaged")
     coco.get_captions(root, names, args.base_url, args.zip_sha1)
