@@ -56,7 +56,7 @@ def main():
     ema = copy.deepcopy(unet).requires_grad_(False)
     weights, average = list(unet.parameters()), list(ema.parameters())
     parameters = [*weights, *t_embedder.parameters()]
-    optimizer = training.make_optimizer(parameters, cfg)
+    optimizer = training.make_optimizer([unet, t_embedder], cfg)
     process = diffusion.configured_process(cfg)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
