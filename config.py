@@ -88,7 +88,8 @@ class SDConfig:
     # training
     batch_size: int = setting(32, "pictures per optimizer step", 1)
     num_epochs: int = setting(15, "passes over the training pictures", 1)
-    lr: float = setting(1e-4, "learning rate of Adam", 0)
+    optimizer: str = setting("adam", "adam, or muon for the hidden matrices", choices=("adam", "muon"))
+    lr: float = setting(1e-4, "learning rate", 0)
     lr_schedule: str = setting("cosine", "cosine (annealed to 0) or constant", choices=("cosine", "constant"))
     lr_warmup_steps: int = setting(0, "steps over which the learning rate first rises from 0", 0)
     adam_beta2: float = setting(0.999, "decay of Adam's mean of squared gradients", 0, 0.999999)

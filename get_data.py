@@ -26,10 +26,10 @@ from support.show import Progress
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="download | verify")
-    get = commands.add_parser("download", help="COCO's captions and a subset of its pictures", allow_abbrev=False)
-    look = commands.add_parser("verify", help="list what is wrong with a data set", allow_abbrev=False)
+    get = commands.add_parser("download", help="COCO's captions and a subset of its pictures")
+    look = commands.add_parser("verify", help="list what is wrong with a data set")
     cfg, flag, shown, most = SDConfig(), get.add_argument, "(default: %(default)s)", coco.MOST_CONNECTIONS
     for command, run in ((get, download), (look, verify)):
         command.set_defaults(run=run)
@@ -54,7 +54,10 @@ def download(args):
     for path in (join(root, name) for name in names if exists(join(root, name))):
         try:
             data.read_captions(path)
-        except Damaged as e:  # no training could read it; kept all the same: it may be somebody's own
+        except Damaged as e:
+            if not os.access(path, os.R_OK):  # a matter of permissions
+                raise
+            # no training could read it; kept all the same, for it may be somebody's own
             os.replace(path, f"{path}.damaged")
             print(f"{printable(e)}. Renamed to {basename(path)}.damaged")
     coco.get_captions(root, names, args.base_url, args.zip_sha1)

@@ -45,8 +45,7 @@ def main():
     run.open()
     autocast = devices.make_autocast(device, cfg.mixed_precision)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
-    # hash the code now: the files may be edited while the run goes on
-    run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}
+    run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}  # now: files may be edited later
 
     # ---- Data ----
     latents, first_rows, embed, held_out, held_out_captions = read_data(cfg, run, vae, text_encoder)
@@ -57,7 +56,7 @@ def main():
     ema = copy.deepcopy(unet).requires_grad_(False)
     weights, average = list(unet.parameters()), list(ema.parameters())
     parameters = [*weights, *t_embedder.parameters()]
-    optimizer = training.make_optimizer(parameters, cfg)
+    optimizer = training.make_optimizer([unet, t_embedder], cfg)
     process = diffusion.configured_process(cfg)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
 
@@ -84,8 +83,7 @@ def main():
             rows = diffusion.drop_captions(rows, first_rows[-1], cfg.caption_dropout)
             mine = world.share(len(index))  # what is drawn above is of the whole batch
             z_t, target = diffusion.add_noise(process, z[mine], t[mine], noise[mine])
-            t = devices.to_device(t[mine], device)
-            loss, grad_norm = gradients(len(index), z_t, target, t, embed(rows[mine]))
+            loss, grad_norm = gradients(len(index), z_t, target, devices.to_device(t[mine], device), embed(rows[mine]))
             guard.judge(optimizer, loss, grad_norm, state.step)
             training.optimizer_step(optimizer, lr)
             training.update_average(average, weights, training.ema_decay_at(state.step, cfg))
@@ -111,9 +109,9 @@ def main():
 
     # ---- Done ----
     progress.close()
+    print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
     if world.rank == 0:
         warn_if_unheard(figures, cfg)
-    print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
 
 
 def read_data(cfg, run, vae, text_encoder):

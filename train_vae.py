@@ -51,7 +51,7 @@ def main():
     vae.decoder.requires_grad_(True)  # of a finished VAE nothing else learns
     vae.to(device, memory_format=devices.memory_format(device))
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = training.make_optimizer(parameters, cfg)
+    optimizer = training.make_optimizer([vae], cfg)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters that learn")
 
     # ---- State ----

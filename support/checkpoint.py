@@ -122,14 +122,20 @@ def load_adam(path, optimizer, saved):
     if len(saved) not in (0, len(parameters)):
         raise Damaged(f"{path}: holds the Adam state of another model; restore it")
     for p, s in zip(parameters, saved):
-        for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+        for name in state_names(optimizer, p):
+            shape = () if name == "step" else p.shape
             if not is_plain(s[name]) or s[name].shape != shape or s[name].dtype != torch.float32:
                 raise Damaged(f"{path}: holds the Adam state of another model; restore it")
             if not s[name].isfinite().all():
                 raise Damaged(f"{path}: holds values that are not finite numbers; restore it")
-        # copied into tensors laid out like p: the fused kernel walks through all of them in step
-        optimizer.state[p] = {k: torch.empty_like(p).copy_(s[k]) for k in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p]["step"] = s["step"].to(p.device)
+            # copied into tensors laid out like p: the fused kernel walks through all of them in step
+            like = s[name].to(p.device) if name == "step" else torch.empty_like(p).copy_(s[name])
+            optimizer.state[p][name] = like
+
+
+def state_names(optimizer, p):
+    hidden = {id(q) for q in getattr(optimizer, "hidden", ())}
+    return ("momentum",) if id(p) in hidden else ("exp_avg", "exp_avg_sq", "step")
 
 
 # ---- Manifests ------------------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from pathlib import Path
 from support.errors import UserError
 from support.show import Progress
 
-BASE_URL = "https://s3.amazonaws.com/images.cocodataset.org"  # that host itself has no certificate of its own name
+BASE_URL = "https://s3.amazonaws.com/images.cocodataset.org"  # the host of that name has no certificate of its own
 ZIP, ZIP_SHA1 = "annotations/annotations_trainval2017.zip", "8551ee4bb5860311e79dace7e79cb91e432e78b3"
 MAX_ZIP_BYTES, MAX_JSON_BYTES, MAX_PICTURE_BYTES, CHUNK = 1 << 30, 1 << 30, 32 << 20, 1 << 16
 TRIES, SECONDS_BEFORE_RETRY = 4, 1.0  # the pause doubles each time
-SILENCE, SLOWEST = 10, 20_000  # seconds without a byte, and bytes per second after that time: a dead connection
+SILENCE = 10  # seconds without a byte after which a connection is dead
+SLOWEST = 20_000  # bytes per second; less is a stalled connection, too, once SILENCE has passed
 MOST_CONNECTIONS = 64  # servers and systems bear no more
 MOST_IN_A_ROW = 40  # pictures that fail one after the other before the rest is given up
 
@@ -65,7 +66,7 @@ def fetch(url, path, most, on_chunk):
             if (total or 0) > most:
                 raise Refused(f"{total} bytes, {most} at most were expected")
             with writing(path), open(path, "ab" if goes_on else "wb") as f:
-                for chunk in chunks(answer, most - have):
+                for chunk in chunks(answer, have, most):
                     f.write(chunk)
                     on_chunk(len(chunk))
                 if total is not None and f.tell() != total:
@@ -78,14 +79,14 @@ def fetch(url, path, most, on_chunk):
         raise Failed(f"{type(e).__name__}: {getattr(e, 'reason', e)}") from None
 
 
-def chunks(answer, most):
-    """The bytes of an answer as they come. Failed if they stop or trickle, Refused if they are more than `most`."""
+def chunks(answer, have, most):
+    """The bytes of an answer as they come. Failed if they stop or trickle, Refused if with `have` they exceed `most`."""
     start, got = time.monotonic(), 0
     try:
         while chunk := answer.read1(CHUNK):
             got, seconds = got + len(chunk), time.monotonic() - start
-            if got > most:
-                raise Refused("more bytes than were expected")
+            if have + got > most:
+                raise Refused(f"more than {most} bytes")
             if seconds > SILENCE and got / seconds < SLOWEST:
                 raise Failed(f"stalls at {got / seconds:.0f} bytes per second")
             yield chunk

@@ -13,7 +13,7 @@ from samplers import SAMPLERS, choose_sampler
 from support.errors import UserError, printable, usage_error
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
-    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs lr lr_schedule "
+    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs optimizer lr lr_schedule "
     "lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
 )
 PRESET_HELP = (

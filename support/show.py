@@ -49,25 +49,31 @@ class Progress:
 
 
 def append_csv(path, row):
-    """Append one row (a dict) to a CSV file, with a header if it is new."""
-    new = not os.path.exists(path)
+    """Append one row (a dict) to a CSV file, with a header if it is new. Columns that older rows lack stay empty there."""
+    before = csv_rows(path) if os.path.exists(path) else []
+    whole = not before or list(before[0]) != list(row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, row)
-    if new:
+    writer = csv.DictWriter(text, row, restval="", extrasaction="ignore")
+    if whole:
         writer.writeheader()
+        writer.writerows(before)
     writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     try:
-        with open(path, "a", newline="", encoding="utf-8") as f:
+        with open(path, "w" if whole else "a", newline="", encoding="utf-8") as f:
             f.write(text.getvalue())
     except OSError as e:  # a full disk does not say of which file
         raise OSError(e.errno, e.strerror, path) from None
 
 
-def read_csv(path):
-    """A CSV of numbers -> {column: [float]}."""
+def csv_rows(path):
     with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+        return list(csv.DictReader(f))
+
+
+def read_csv(path):
+    """A CSV of numbers -> {column: [float]}; empty cells are NaN."""
+    rows = csv_rows(path)
+    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
 
 
 def plot_curves(path, panels):

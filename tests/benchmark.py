@@ -129,7 +129,7 @@ def unet_steps(device):
 
     def our_step(compile=False):
         unet, t_ember = copy.deepcopy(first).train(), copy.deepcopy(first_t_ember)
-        optimizer = make_optimizer([*unet.parameters(), *t_ember.parameters()], cfg)
+        optimizer = make_optimizer([unet, t_ember], cfg)
         predict = compiled(unet, compile, device, False)
 
         def step():
@@ -194,7 +194,7 @@ def bench_vae(device, rounds):
     ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=conv_layout(device)).train()
     weights, pixels = ours.state_dict(), torch.rand(size, device=device) * 2 - 1
     guard = FiniteGuard(device)
-    optimizer = make_optimizer(ours.parameters(), cfg)
+    optimizer = make_optimizer([ours], cfg)
 
     def our_step():
         x = pixels.contiguous(memory_format=conv_layout(device))
@@ -293,7 +293,7 @@ def bench_save(device, rounds):
     cfg = SDConfig()
     unet, t_ember = UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
     parameters = [*unet.parameters(), *t_ember.parameters()]
-    optimizer, modules = make_optimizer(parameters, cfg), (unet, t_ember, copy.deepcopy(unet))
+    optimizer, modules = make_optimizer([unet, t_ember], cfg), (unet, t_ember, copy.deepcopy(unet))
     for p in parameters:
         p.grad = torch.zeros_like(p)
     optimizer.step()

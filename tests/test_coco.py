@@ -23,6 +23,7 @@ from PIL import Image
 
 from config import UserError
 from support import coco
+from support.files import Damaged
 
 
 def jpeg(i):
@@ -437,6 +438,20 @@ def test_a_damaged_captions_file_is_put_aside_and_had_anew(server, get, tmp_path
     assert path.read_bytes() == good and path.with_name(f"{path.name}.damaged").read_bytes() == damaged
     asked = server.asked.copy()
     assert get().returncode == 0 and server.asked == asked  # a whole one stays
+
+
+def test_captions_that_may_not_be_read_are_not_put_aside(server, get, tmp_path, monkeypatch):
+    """Only told so: root, who may run this test, is permitted everything."""
+    assert get().returncode == 0
+    before = there(tmp_path)
+
+    def refused(path, most):
+        raise Damaged(f"{path}: cannot be read (Permission denied); restore it")
+
+    monkeypatch.setattr("data.read_file", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert_one_line_error(get(), 1, "captions_train2017.json: cannot be read")
+    assert there(tmp_path) == before
 
 
 def test_damaged_pictures_can_be_put_aside_and_had_anew(server, get, tmp_path, run_here):

@@ -146,7 +146,7 @@ def trained_unet(replay):
     torch.manual_seed(0)
     unet, t_ember = UNetLatent(cfg).cuda(), TimeEmbedding(cfg.time_dim).cuda()
     parameters = [*unet.parameters(), *t_ember.parameters()]
-    optimizer = make_optimizer(parameters, cfg)
+    optimizer = make_optimizer([unet, t_ember], cfg)
 
     def gradients(z, t, text_emb):
         optimizer.zero_grad()

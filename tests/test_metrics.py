@@ -131,3 +131,21 @@ def test_channel_mean_variances_are_those_of_the_covariance():
     blocks = z.flatten(1).double().T.cov().view(3, 16, 3, 16)
     expected = torch.stack([blocks[c, :, c].sum() for c in range(3)]) / 16**2
     assert torch.allclose(metrics.channel_mean_variances(z), expected)
+
+
+def test_auc_is_the_share_of_pairs_in_order_and_a_tie_counts_half():
+    scores = torch.tensor([[3.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    labels = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
+    areas = metrics.auc(scores, labels)
+    assert areas[:2].tolist() == [0.75, 0.5] and areas[2].isnan()  # nothing has the third label
+
+
+def test_contrast_and_colourfulness_of_known_pictures():
+    grey = torch.full((2, 3, 8, 8), 77, dtype=torch.uint8)
+    assert metrics.contrast(grey) == metrics.colourfulness(grey) == 0
+    halves = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    halves[..., :4] = 255
+    assert metrics.contrast(halves) == pytest.approx(0.5, rel=0.01) and metrics.colourfulness(halves) == 0
+    red = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    red[:, 0] = 255  # red - green = 1, (red + green) / 2 - blue = 1/2, the same everywhere
+    assert metrics.colourfulness(red) == pytest.approx(0.3 * 1.25**0.5)

@@ -1,11 +1,14 @@
 """Promises of training.py: randomness by step, the learning rate, the averaged weights, steps that are not finite."""
 
+import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import training
 from config import SDConfig
 from support.errors import UserError
 from training import (
@@ -23,6 +26,7 @@ from training import (
     seed_step,
     update_average,
 )
+from unet import UNetLatent
 
 # ---- Progress ----
 
@@ -111,7 +115,7 @@ def test_the_learning_rate_rises_and_then_falls_to_zero():
 def test_a_step_is_adams_with_the_rate_and_the_decays_that_were_asked_for():
     """Against the formulas of Kingma & Ba, weight decay added to the gradient."""
     p, cfg = torch.nn.Parameter(torch.tensor([1.0, -2.0])), SDConfig(adam_beta2=0.9, weight_decay=0.1)
-    optimizer = make_optimizer([p], cfg)
+    optimizer = make_optimizer([torch.nn.ParameterList([p])], cfg)
     m = v = torch.zeros(2)
     w = p.detach().clone()
     for step, lr in ((1, 0.1), (2, 0.05)):
@@ -135,7 +139,7 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_told(most, left):
 @pytest.mark.parametrize("loss, norm", [(1.0, float("inf")), (float("nan"), 1.0)])
 def test_the_first_step_that_is_not_finite_is_named(lazy, loss, norm):
     p = torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([p], SDConfig())
+    optimizer = make_optimizer([torch.nn.ParameterList([p])], SDConfig())
     guard = FiniteGuard(torch.device("cpu"), SimpleNamespace(last_saved="run/set4"))
     guard.lazy, message = lazy, "--lr: step 2 gives loss .* newest set is run/set4"
 
@@ -196,3 +200,58 @@ def test_warm_up_equals_diffusers():
 def test_warm_up_begins_with_a_short_memory():
     cfg = SDConfig(ema_decay=0.999, ema_warmup=True)
     assert [ema_decay_at(step, cfg) for step in (1, 10, 10_000)] == [2 / 11, 11 / 20, 0.999]
+
+
+# ---- Muon ----
+
+
+def test_orthogonal_makes_singular_values_near_one_and_keeps_directions():
+    x = torch.randn(3, 12, 20)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    found, exact = training.orthogonal(x), u @ v
+    assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.35
+    assert torch.cosine_similarity(found.flatten(1), exact.flatten(1)).min() > 0.97
+    assert torch.allclose(training.orthogonal(x.mT), found.mT, atol=1e-5)
+
+
+def test_muon_steps_as_pytorchs_own_on_matrices_and_as_adam_on_the_rest(tiny):
+    """torch.optim.Muon takes matrices alone, and iterates in bfloat16."""
+    cfg = replace(tiny, optimizer="muon", lr=1e-2, weight_decay=0.0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 16))
+    theirs = copy.deepcopy(net)
+    ours = training.make_optimizer([net], cfg)
+    matrices = [p for p in theirs.parameters() if p.dim() == 2]
+    vectors = [p for p in theirs.parameters() if p.dim() == 1]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.Adam(vectors, lr=1e-2, betas=(0.9, cfg.adam_beta2), fused=True)
+    for _ in range(3):
+        x = torch.randn(5, 8)
+        for model, optimizers in ((net, [ours]), (theirs, [muon, adam])):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for p, q in zip(net.parameters(), theirs.parameters()):
+        assert torch.allclose(p, q, atol=2e-3 if p.dim() == 2 else 2e-4), (p - q).abs().max()
+
+
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_momentum(tiny):
+    net = torch.nn.Linear(4, 4)
+    optimizer = training.make_optimizer([net], replace(tiny, optimizer="muon"))
+    net(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    before, momentum = net.weight.clone(), optimizer.state[net.weight]["momentum"].clone()
+    net.weight.grad.fill_(float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(net.weight, before) and torch.equal(optimizer.state[net.weight]["momentum"], momentum)
+
+
+def test_only_hidden_matrices_are_muons(tiny):
+    unet = UNetLatent(tiny)
+    optimizer = training.make_optimizer([unet], replace(tiny, optimizer="muon"))
+    hidden = {id(p) for p in optimizer.hidden}
+    names = {name for name, p in unet.named_parameters() if id(p) in hidden}
+    assert "mid_block.resnets.0.conv1.weight" in names and "mid_block.attentions.0.proj_in.weight" in names
+    assert not names & {"conv_in.weight", "conv_out.weight", "conv_norm_out.weight", "conv_in.bias"}

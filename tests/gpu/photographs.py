@@ -1,0 +1,148 @@
+"""The last rungs of the ladder on photographs, at 128 pixels, on one GPU within ten minutes.
+
+  python tests/gpu/photographs.py DATA OUT            DATA: a folder of captioned pictures (docs/own-pictures.md)
+  python tests/gpu/photographs.py DATA OUT --small    the same with tiny nets and few steps, to see that it runs
+
+One VAE (preset best) serves all U-Nets. The U-Nets train side by side, for equal steps: `best`, the recipe on the same
+latents, and `best` as it was before the ladder was climbed on photographs. Each is then measured by evaluate.py, `best`
+also without guidance, and makes pictures of twelve prompts. Prints the seconds of each part and a table; OUT holds the
+runs, table.json and prompts.png: a row per prompt, four pictures of each run.
+What it is not: a test. Nothing passes or fails.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = [
+    "a dog on the grass",
+    "a snowboarder in the snow",
+    "children in a swimming pool",
+    "a man on a beach",
+    "a football player in a red shirt",
+    "a dog in the water",
+    "a person riding a bike",
+    "a crowd of people in a street",
+    "a climber on a rock",
+    "a black dog running in the snow",
+    "a little girl in a pink dress",
+    "a surfer on a wave",
+]
+BEFORE = "--lr 1e-4 --lr_warmup_steps 0 --adam_beta2 0.999 --weight_decay 1e-4 --optimizer adam --flow_time_mean 0 "
+BEFORE += "--caption_dropout 0.1 --guidance_scale 2 --guidance_interval 0 0.7"
+RUNS = {  # run: (preset, flags of train_unet.py, evaluations: {name: flags of evaluate.py})
+    "best": ("best", "", {"best": "", "best, guidance 1": "--guidance_scale 1"}),
+    "recipe": ("coco", "", {"recipe": ""}),
+    "best before": ("best", BEFORE, {"best before": "", "best before, guidance 1": "--guidance_scale 1"}),
+}
+SMALL = "--image_size 32 --block_out_channels 8 16 --norm_num_groups 4 --unet_block_out_channels 16 32 --time_dim 64 "
+SMALL += "--unet_norm_num_groups 4"
+START = time.monotonic()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--max_images", type=int, default=6400, help="training pictures; a multiple of 32")
+    parser.add_argument("--vae_epochs", type=int, default=16)
+    parser.add_argument("--unet_epochs", type=int, default=30)
+    parser.add_argument("--num_prompts", type=int, default=500)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    args.data = str(Path(args.data).resolve())
+    args.out.mkdir(parents=True, exist_ok=True)
+    common = (
+        f"--dataset folder --data_root {args.data} --max_images {args.max_images} --text_encoder hash --text_length 32"
+    )
+    common = common.split() + ["--cache_dir", str(args.out / "prepared"), *(SMALL.split() if args.small else [])]
+
+    first = args.out / args.runs[0].replace(" ", "_")
+    wait(
+        start(
+            args,
+            "vae",
+            "train_vae.py",
+            "--preset",
+            "best",
+            *common,
+            "--num_epochs",
+            args.vae_epochs,
+            "--run_dir",
+            first,
+        )
+    )
+    trainings = {}
+    for name in args.runs:
+        preset, flags, _ = RUNS[name]
+        run = args.out / name.replace(" ", "_")
+        run.mkdir(exist_ok=True)
+        for file in first.glob("vae_*") if run != first else ():
+            shutil.copy(file, run)
+        words = ["--preset", preset, *common, "--num_epochs", args.unet_epochs, "--run_dir", run, *flags.split()]
+        trainings[name] = start(args, name, "train_unet.py", *words)
+    wait(*trainings.values())
+    results = {}
+    for name in args.runs:  # one after the other: the first trains the judge of words, and keeps it
+        run = args.out / name.replace(" ", "_")
+        for title, flags in RUNS[name][2].items():
+            words = ["--run_dir", run, "--num_prompts", args.num_prompts, *flags.split()]
+            wait(start(args, title, "evaluate.py", *words))
+            results[title] = json.loads((run / "evaluation.json").read_text())
+            print(
+                title,
+                json.dumps({k: results[title].get(k) for k in ("words", "looks", "distances", "captions")}),
+                flush=True,
+            )
+        wait(
+            start(
+                args, f"{name} pictures", "sample.py", "--run_dir", run, "--prompt", *PROMPTS, "--out", run / "twelve"
+            )
+        )
+    (args.out / "table.json").write_text(json.dumps(results, indent=1))
+    show_prompts(args)
+    say("done")
+
+
+def start(args, what, script, *words):
+    """A script of the project in a process of its own, its output in OUT/<what>.log."""
+    say(f"{what}: {script} starts")
+    log = open(args.out / f"{what.replace(' ', '_')}.log", "w")
+    command = [sys.executable, "-u", str(ROOT / script), *map(str, words)]
+    return what, time.monotonic(), subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log.name
+
+
+def wait(*started):
+    for what, begun, process, log in started:
+        if process.wait():
+            sys.exit(f"{what}: {Path(log).read_text()[-3000:]}")
+        say(f"{what}: {time.monotonic() - begun:.0f} s; {Path(log).read_text().strip().splitlines()[-1][:200]}")
+
+
+def say(text):
+    print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+
+
+def show_prompts(args):
+    """A row per prompt: four pictures of each run."""
+    names = [sorted((args.out / name.replace(" ", "_") / "twelve").glob("*_seed*.png")) for name in args.runs]
+    side = Image.open(names[0][0]).width
+    sheet = Image.new("RGB", (len(names) * 4 * side, len(PROMPTS) * side))
+    for column, files in enumerate(names):
+        for row, prompt in enumerate(PROMPTS):
+            own = [f for f in files if f.name.startswith(prompt.replace(" ", "-") + "_seed")]
+            for k, file in enumerate(own[:4]):
+                sheet.paste(Image.open(file), ((4 * column + k) * side, row * side))
+    sheet.save(args.out / "prompts.png")
+
+
+if __name__ == "__main__":
+    main()

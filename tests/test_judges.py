@@ -1,0 +1,148 @@
+"""Guards: the judge of words reads what pictures show and says what it cannot read; judges are trained once."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import TINY, flags
+from PIL import Image
+
+from support import judges
+from text_encoder import WordHashTextEncoder, words_of
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(judges, "STEPS", 60)
+    monkeypatch.setattr(judges, "BATCH", 16)
+    monkeypatch.setattr(judges, "LEAST_PICTURES", 4)
+
+
+COLOURS = ("red", "green", "blue")
+
+
+def painted(count):
+    """Pictures of three colours; captions say the colour, and a day that no picture shows."""
+    generator = torch.Generator().manual_seed(0)
+    colour, day = torch.randint(3, (2, count), generator=generator)
+    pixels = 60 * torch.rand(count, 3, 16, 16, generator=generator)
+    pixels[torch.arange(count), colour] += 150
+    days = ("monday", "tuesday", "sunday")
+    captions = [
+        [f"a {COLOURS[c]} thing", f"{days[d]}, all {COLOURS[c]}"] for c, d in zip(colour.tolist(), day.tolist())
+    ]
+    return pixels.byte(), captions
+
+
+def test_frequent_words_are_neither_rare_nor_in_most_captions():
+    captions = [["a dog", "the Dog runs"]] * 60 + [["a cat"]] * 60 + [["a cow"]] * 30
+    assert judges.frequent_words(captions, words_of) == ["cat", "dog", "runs", "the"]  # "a" is in all, "cow" in few
+
+
+def test_labels_are_shares_of_a_pictures_captions():
+    labels = judges.label([["a dog", "dog dog"], ["a cat", "nothing"]], ["dog", "cat"], words_of)
+    assert labels.tolist() == [[1.0, 0.0], [0.0, 0.5]]
+
+
+def test_the_judge_keeps_the_words_that_it_reads_and_no_others(quick):
+    pixels, captions = painted(200)
+    judge, words, why = judges.word_judge(pixels, captions, words_of, lambda x: x, {}, "", torch.device("cpu"))
+    assert {word for _, word in words} >= {*COLOURS} and not why
+    assert not {word for _, word in words} & {"monday", "tuesday", "sunday"}
+    x, names = judges.to_float(pixels, "cpu"), dict((word, i) for i, word in words)
+    scores = judges.read_words(judge, [x])[:, names["red"]]
+    red = torch.tensor(["red" in several[0] for several in captions])
+    assert scores[red].mean() > scores[~red].mean()
+
+
+def test_a_judge_is_trained_once_and_a_damaged_file_is_made_again(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"weights": {"a": torch.ones(3)}}
+
+    for _ in range(2):
+        assert judges.kept(str(tmp_path), "judge", {"run": 1}, make)["weights"]["a"].tolist() == [1, 1, 1]
+    assert len(made) == 1
+    (file,) = tmp_path.glob("judge-*.pth")
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+    judges.kept(str(tmp_path), "judge", {"run": 1}, make)
+    assert len(made) == 2
+    judges.kept(str(tmp_path), "judge", {"run": 2}, make)  # of another run
+    assert len(made) == 3
+
+
+def test_text_encoders_split_captions():
+    assert WordHashTextEncoder(8, 4).split("A red, red dog") == ["a", "red", "red", "dog"]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    def make(captions):
+        images = tmp_path / "mine" / "images"
+        images.mkdir(parents=True)
+        for i, caption in enumerate(captions):
+            Image.new("RGB", (32, 32), (5 * i % 256, 40, 90)).save(images / f"p{i}.png")
+            (images / f"p{i}.txt").write_text(caption, encoding="utf-8")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "captions, why",
+    [
+        (["a dog"] * 14, "no word is said of"),
+        ([f"word{i}" for i in range(14)], "no word is said of"),
+        ([f"一只狗在草地上{i}" for i in range(14)], "no word is said of"),
+    ],
+    ids=["all alike", "all others", "Chinese"],
+)
+def test_what_cannot_be_heard_is_said(captions, why, photographs, run_here, tmp_path):
+    photographs(captions)
+    settings = TINY | {
+        "dataset": "folder",
+        "data_root": "mine",
+        "max_images": 12,
+        "held_out_images": 2,
+        "num_epochs": 1,
+    }
+    words = ["--preset", "demo", "--run_dir", "run", *flags(settings)]
+    for script in ("train_vae.py", "train_unet.py"):
+        assert run_here(script, *words, cwd=tmp_path).returncode == 0
+    result = run_here("evaluate.py", "--run_dir", "run", "--num_prompts", 4, "--steps", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["words"]["words"] == 0 and why in found["words"]["why"]
+    assert found["distances"] == {}  # there is no judge to take features from
+    assert "words heard" in result.stdout and why in result.stdout
+
+
+def test_words_heard_are_of_words_that_enough_prompts_say(quick, monkeypatch):
+    import evaluate
+
+    pixels, captions = painted(200)
+    judge, words, why = judges.word_judge(pixels, captions, words_of, lambda x: x, {}, "", torch.device("cpu"))
+    prompts = [several[0] for several in captions[:40]]
+    sets = {"generated": pixels[40:80], "reconstructed": pixels[:40], "real": pixels[:40]}
+    figures = evaluate.words_heard(judge, words, why, prompts, sets, words_of, torch.device("cpu"))
+    assert figures["words"] == 3 and figures["real"] > 0.9  # the colours
+    assert abs(figures["generated"] - 0.5) < 0.35  # pictures of other captions: nothing is heard but by chance
+    few = evaluate.words_heard(judge, words, why, prompts[:4], sets, words_of, torch.device("cpu"))
+    assert few["words"] == 0 and "prompts" in few["why"]
+
+
+def test_scenes_have_a_classifier_that_is_kept(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(judges, "CLASSIFIER_SCENES", 64)
+    from dataclasses import replace
+
+    cfg = replace(tiny, cache_dir=str(tmp_path))
+    first = judges.scene_classifier(cfg, torch.device("cpu"))
+    monkeypatch.setattr(judges, "paint_scenes", None)  # training would fail now
+    second = judges.scene_classifier(cfg, torch.device("cpu"))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(first(x)[0], second(x)[0])
+    assert any(name.startswith("classifier-") for name in os.listdir(tmp_path))
