@@ -42,9 +42,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 
+from checkpoint import Run  # noqa: E402
 from test_models import randomize, their_unet, their_vae  # noqa: E402
 
-from checkpoint import Run  # noqa: E402
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
 from data import Pictures, draw_views, open_dataset, read_pictures, take_views  # noqa: E402
 from diffusion import baab, guided_denoiser, make_process, prediction_loss, q_sample, sampling_grid  # noqa: E402

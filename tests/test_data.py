@@ -24,7 +24,7 @@ from data import (
     read_pictures,
     read_square,
 )
-from training import show_progress
+from support.show import progress_bar
 
 
 def picture(path, colour=(200, 30, 40), size=(60, 40), mode="RGB", **options):
@@ -77,7 +77,7 @@ def test_real_coco_pictures_become_rgb_squares(real_data):
     """The set holds a greyscale JPEG and every orientation."""
     cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2, cache_dir="")
     train, _ = open_dataset(cfg)
-    pixels, captions = read_pictures(train, cfg, show_progress("read"))
+    pixels, captions = read_pictures(train, cfg, progress_bar("read"))
     assert pixels.shape == (80, 3, 128, 128) and pixels.dtype == torch.uint8
     assert all(len(c) >= 5 for c in captions)
     assert pixels.float().std(dim=(1, 2, 3)).min() > 5
@@ -234,9 +234,9 @@ def test_unreadable_pictures_are_named_counted_and_skipped_only_on_request(tmp_p
     spoil(tmp_path / "train2017/3.jpg", how)
     data = Pictures(coco_records(cfg.data_root, cfg.captions_json), 32, {str(tmp_path.resolve())})
     with pytest.raises(UserError, match=r"1 of 6 pictures.*3\.jpg.*--skip_bad"):
-        read_pictures(data, cfg, show_progress("read"))
+        read_pictures(data, cfg, progress_bar("read"))
     skipping = SDConfig(data_root=cfg.data_root, image_size=32, num_workers=0, skip_bad=True, cache_dir="")
-    pixels, captions = read_pictures(data, skipping, show_progress("read"))
+    pixels, captions = read_pictures(data, skipping, progress_bar("read"))
     assert len(pixels) == len(captions) == 5 and ["caption 3"] not in captions
     assert "3.jpg" in capsys.readouterr().out
 
@@ -245,7 +245,7 @@ def test_workers_change_nothing(tmp_path):
     cfg = SDConfig(dataset="scenes", image_size=32, num_workers=0, cache_dir="")
     for number in (2, None):
         other = SDConfig(dataset="scenes", image_size=32, num_workers=number, cache_dir="")
-        a, b = (read_pictures(Scenes(0, 130, 32), c, show_progress("read"))[0] for c in (cfg, other))
+        a, b = (read_pictures(Scenes(0, 130, 32), c, progress_bar("read"))[0] for c in (cfg, other))
         assert torch.equal(a, b)
 
 
@@ -338,7 +338,7 @@ def test_only_training_pictures_are_larger_and_only_on_request(tmp_path):
     cfg = coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(20)})
     for margin in (0, 4):
         train, held_out = open_dataset(cfg, margin)
-        sizes = [read_pictures(s, cfg, show_progress("read"))[0].shape[-1] for s in (train, held_out)]
+        sizes = [read_pictures(s, cfg, progress_bar("read"))[0].shape[-1] for s in (train, held_out)]
         assert sizes == [32 + margin, 32]
     assert open_dataset(SDConfig(dataset="scenes", image_size=32), 4)[0][0].shape == (3, 36, 36)
     with pytest.raises(UserError, match="--random_crop.*less than a quarter"):
@@ -351,7 +351,7 @@ def test_the_first_captions_of_a_picture_are_used_as_many_as_asked_for(tmp_path,
     cfg = coco(tmp_path, {f"{i}.jpg": [f"caption {k}" for k in range(5)] for i in range(20)})
     cfg = replace(cfg, captions_per_image=used)
     for some in open_dataset(cfg):
-        _, captions = read_pictures(some, cfg, show_progress("read"))
+        _, captions = read_pictures(some, cfg, progress_bar("read"))
         assert all(c == [f"caption {k}" for k in range(expected)] for c in captions)
 
 
@@ -360,7 +360,7 @@ def test_more_pictures_than_there_are_means_all(tmp_path):
     cfg = replace(coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(40)}), max_images=118_287)
     train, held_out = open_dataset(cfg)
     assert len(train) == 36 and len(held_out) == 4
-    assert len(read_pictures(train, cfg, show_progress("read"))[0]) == 36
+    assert len(read_pictures(train, cfg, progress_bar("read"))[0]) == 36
 
 
 def test_what_is_no_picture_of_a_folder_is_said_and_how_many_are_held_out(tmp_path, capsys):

@@ -195,13 +195,6 @@ def test_another_text_encoder_than_the_trained_one_is_not_exported(clip_run, tin
     assert run_here("sample.py", "--export", "out", "--run_dir", "run", cwd=tmp_path).returncode == 0
 
 
-def test_normalized_latents_are_refused(tmp_path, run_here):
-    make_run(tmp_path / "run", normalize_latents=True)
-    result = run_here("sample.py", "--export", "out", "--run_dir", "run", cwd=tmp_path)
-    assert_one_line_error(result, 1, "--export", "normalize_latents")
-    assert not (tmp_path / "out").exists()
-
-
 def test_averaged_weights_on_request(hash_run, run_here):
     result = run_here("sample.py", "--export", "out", "--run_dir", "run", "--ema", cwd=hash_run)
     assert result.returncode == 0, result.stderr

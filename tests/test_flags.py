@@ -106,11 +106,13 @@ def test_a_finetuned_decoder_needs_a_folder_of_its_own(capsys):
 def test_the_unet_gets_what_it_needs_of_the_vaes_command():
     """The words lead to the same settings; what was chosen for the VAE's training stays behind."""
     argv = ["--dataset", "folder", "--data_root", "my pictures", "--skip_bad", "--block_out_channels", "32", "64"]
-    args = parse_training_args("", "vae", [*argv, "--lr", "0.5", "--no-compile", "--no-normalize_latents"])[1]
+    args = parse_training_args(
+        "", "vae", [*argv, "--lr", "0.5", "--no-compile", "--no-random_scale", "--no-horizontal_flips"]
+    )[1]
     words = flags_to_hand_on(args.given)
-    assert "--lr" not in words and "--no-compile" not in words and "--no-normalize_latents" in words
+    assert "--lr" not in words and "--no-compile" not in words and "--no-horizontal_flips" in words
     given = parse_training_args("", "unet", words)[1].given
-    assert given == {name: v for name, v in args.given.items() if name not in ("lr", "compile")}
+    assert given == {name: v for name, v in args.given.items() if name not in ("lr", "compile", "random_scale")}
 
 
 @pytest.mark.parametrize("script, flag", [("sample.py", "--num_images"), ("get_data.py", "--max_images")])
@@ -140,9 +142,20 @@ def test_what_no_flag_says_is_the_runs():
 
 
 def test_flags_come_before_the_runs_settings():
-    words = (
-        "--steps 7 --sampler ddim --eta 0.5 --guidance_scale 3 --guidance_interval 0 0 --negative_prompt fog".split()
-    )
+    words = [
+        "--steps",
+        "7",
+        "--sampler",
+        "ddim",
+        "--eta",
+        "0.5",
+        "--guidance_scale",
+        "3",
+        "--guidance_interval",
+        "0",
+        "0",
+    ]
+    words += ["--negative_prompt", "fog"]
     expected = {"num_steps": 7, "sampler": "ddim", "eta": 0.5, "guidance_scale": 3.0, "guidance_interval": (0, 0)}
     found = options(words, GUIDED)
     assert found | expected | {"negative_prompt": "fog"} == found

@@ -7,7 +7,6 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, TRAIN, Forked, assert_one_line_error, bits, files, flags, picture, randomize, rows, sign
@@ -16,10 +15,8 @@ from PIL import Image
 import evaluate
 import train_vae
 import vae as vae_module
-from config import SDConfig
-from data import Scenes, to_float
 from support import encoded
-from vae import AutoencoderKL, reparameterize
+from vae import AutoencoderKL
 
 QUICK = {
     "image_size": 16,
@@ -67,7 +64,7 @@ def test_the_next_command_trains_on_the_same_data(tmp_path, run_here):
     for i in range(24):
         picture(tmp_path / f"my pictures/images/{i}.png", (9 * i, 0, 0))
         (tmp_path / f"my pictures/images/{i}.txt").write_text("a thing")
-    settings = TINY | {"dataset": "folder", "data_root": "my pictures", "normalize_latents": True}
+    settings = TINY | {"dataset": "folder", "data_root": "my pictures"}
     command = ["--preset", "demo", "--run_dir", "my run", "--max_steps", 2, *flags(settings)]
     trained = run_here("train_vae.py", *command, cwd=tmp_path)
     python, *words = shlex.split(trained.stdout.split("next: ")[1])
@@ -79,67 +76,11 @@ def test_the_next_command_trains_on_the_same_data(tmp_path, run_here):
     assert (vae["dataset"], vae["data_root"]) == (unet["dataset"], unet["data_root"]) == ("folder", "my pictures")
 
 
-# ---- Normalised latents ----
-
-
-@pytest.fixture
-def normalized(tmp_path, run_here):
-    """A finished VAE, in `run`, with its latents normalised."""
-    command = [*TRAIN, *flags(TINY), "--mixed_precision", "no", "--normalize_latents"]
-    result = run_here("train_vae.py", *command, cwd=tmp_path)
-    assert result.returncode == 0 and "latent_std by channel" in result.stdout, result.stderr
-    return tmp_path, command
-
-
-def open_vae(path, **more):
-    vae = AutoencoderKL(SDConfig(**TINY | more))
-    vae.load_state_dict(weights(path))
-    return vae.requires_grad_(False)
-
-
-def test_normalised_latents_are_the_same_vae_with_mean_0_and_variance_1_per_channel(normalized, run_here):
-    cwd, command = normalized
-    assert run_here("train_vae.py", *command[:-1], "--run_dir", "plain", cwd=cwd).returncode == 0
-    plain = open_vae(cwd / "plain/vae_ckpt_epoch2.pth")
-    ours = open_vae(cwd / "run/vae_ckpt_epoch2.pth", normalize_latents=True)
-    assert set(ours.state_dict()) - set(plain.state_dict()) == {"decoder.latent_mean", "decoder.latent_std"}
-    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in plain.state_dict().items())
-    x = to_float(torch.from_numpy(np.stack([Scenes(0, 24, 32)[i] for i in range(24)])), "cpu")  # the training pictures
-    mu, log_var = ours.encode(x)
-    mean, square = mu.mean(dim=(0, 2, 3)), (mu.square() + log_var.exp()).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(square, torch.ones(4), atol=1e-3, rtol=0)
-    their_mu, their_log_var = plain.encode(x)
-    assert their_mu.mean(dim=(0, 2, 3)).abs().max() > 0.01  # there was something to normalise
-    eps = torch.randn_like(mu)
-    z, their_z = reparameterize(mu, log_var, eps), reparameterize(their_mu, their_log_var, eps)
-    torch.testing.assert_close(ours.decoder(z), plain.decoder(their_z), atol=1e-4, rtol=0)
-
-
-def test_the_unet_must_know_that_latents_are_normalised(normalized, run_here):
-    cwd, command = normalized
-    without = run_here("train_unet.py", *command[:-1], cwd=cwd)
-    assert_one_line_error(without, 1, "--normalize_latents: False here", "True")
-    assert run_here("train_unet.py", *command, cwd=cwd).returncode == 0
-    made = run_here("sample.py", "--run_dir", "run", "--prompt", "x", "--steps", 2, "--num_images", 1, cwd=cwd)
-    assert made.returncode == 0, made.stderr
-
-
-def test_finetuning_the_decoder_keeps_the_statistics(normalized, run_here):
-    cwd, command = normalized
-    more = ["--run_dir", "sharp", "--finetune_decoder_of", "run", "--max_images", 16]  # other pictures have others
-    assert run_here("train_vae.py", *command, *more, cwd=cwd).returncode == 0
-    before, after = (weights(cwd / run / "vae_ckpt_epoch2.pth") for run in ("run", "sharp"))
-    moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert moved == {k for k in before if k.startswith("decoder.") and "latent_" not in k}
-
-
 # ---- Resuming ----
 
 ALL = {
     "l1_weight": 0.1,
     "ms_ssim_weight": 0.1,
-    "normalize_latents": True,
     "random_crop": 4,
     "random_scale": True,
     "horizontal_flips": True,
@@ -195,7 +136,7 @@ def test_a_run_from_before_an_option_existed_is_the_run_without_it(tiny_run, tmp
 
 def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_path, monkeypatch):
     """Wherever it is done: 512-pixel pictures must fit where those of 128 do."""
-    cfg = replace(tiny, normalize_latents=True, cache_dir=str(tmp_path), batch_size=4)
+    cfg = replace(tiny, cache_dir=str(tmp_path), batch_size=4)
     vae, pixels, sizes = randomize(AutoencoderKL(cfg)), torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), []
     vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     run = SimpleNamespace(path=lambda name: str(tmp_path / name))
@@ -203,7 +144,6 @@ def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_pat
         "encode_pictures": lambda: encoded.encode_pictures(vae, pixels, ABOUT, "cpu", cfg, "encode"),
         "held-out figures": lambda: train_vae.evaluate(vae, pixels, "cpu", cfg),
         "pictures": lambda: train_vae.show_reconstructions(vae, pixels, "cpu", cfg, run, 1),
-        "normalize": lambda: train_vae.normalize(vae, pixels, torch.device("cpu"), cfg),
         "evaluate.py": lambda: sizes.extend(len(x) for x in evaluate.batches(pixels, "cpu")),
     }
     monkeypatch.setattr(vae_module, "MAX_PIXELS_PER_PASS", 2 * 32 * 32)
@@ -212,22 +152,6 @@ def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_pat
         with torch.no_grad():
             way()
         assert sizes == [2, 2, 1], name
-
-
-@pytest.mark.parametrize("random_scale", [False, True])
-def test_latents_are_measured_on_the_middle_or_with_random_scale_on_the_whole(tiny, random_scale):
-    cfg = replace(tiny, normalize_latents=True, random_crop=16, random_scale=random_scale)
-    vae, pixels = randomize(AutoencoderKL(cfg)), torch.randint(256, (5, 3, 48, 48), dtype=torch.uint8)
-    seen = pixels[:, :, 8:40, 8:40]
-    if random_scale:
-        shrunk = torch.nn.functional.interpolate(pixels.float(), (32, 32), mode="bicubic", antialias=True)
-        seen = shrunk.round().clamp(0, 255).byte()
-    with torch.no_grad():
-        mu, log_var = vae.encode(to_float(seen, "cpu"))
-        train_vae.normalize(vae, pixels, torch.device("cpu"), cfg)
-    torch.testing.assert_close(vae.decoder.latent_mean[:, 0, 0], mu.mean(dim=(0, 2, 3)))
-    variance = mu.var(dim=(0, 2, 3), correction=0) + log_var.exp().mean(dim=(0, 2, 3))
-    torch.testing.assert_close(vae.decoder.latent_std[:, 0, 0], variance.sqrt())
 
 
 def test_training_with_flips_and_crops_is_another_training(tmp_path, run_here):

@@ -15,7 +15,6 @@ from config import SDConfig, UserError
 from vae import (
     AutoencoderKL,
     held_out_figures,
-    measure_latents,
     ms_ssim,
     pictures_per_pass,
     reparameterize,
@@ -100,20 +99,6 @@ def test_held_out_figures_against_a_direct_computation(tiny):
     assert figures["latent_mean"] == pytest.approx(z.mean().item(), abs=1e-5)
     assert figures["latent_std"] == pytest.approx(z.std(correction=0).item(), rel=1e-4)
     assert figures["latent_std_2"] == pytest.approx(z[:, 2].std(correction=0).item(), rel=1e-4)
-
-
-def test_measured_latents_have_mean_0_and_variance_1_and_decode_as_before():
-    """By channel, over all pictures, whatever the batches; twice, because measuring must start from the plain latents."""
-    vae = randomize(AutoencoderKL(SDConfig(**TINY | {"normalize_latents": True})))
-    x, eps = torch.rand(6, 3, 32, 32) * 2 - 1, torch.randn(6, 4, 8, 8)
-    with torch.no_grad():
-        before = vae(x, eps)[2]
-        for _ in range(2):
-            measure_latents(vae, [x[:4], x[4:]])
-        mu, log_var, after = vae(x, eps)
-    torch.testing.assert_close(mu.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close((mu.square() + log_var.exp()).mean(dim=(0, 2, 3)), torch.ones(4))
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
 def test_a_pass_holds_as_many_pixels_at_most_as_32_pictures_of_128():
