@@ -86,14 +86,21 @@ def run_pytest(code, argv, out):
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     reopen_output()
-    own = [Path(m.__file__).parent for m in (data, checkpoint, sys.modules[__name__])]
-    for name, module in list(sys.modules.items()):
-        if getattr(module, "__file__", None) and Path(module.__file__).parent in own:
-            del sys.modules[name]
-    sys.path[:] = [code, *(p for p in sys.path if Path(p) != own[0])]
+    project, here = Path(data.__file__).parent, Path(__file__).parent
+
+    def of_the_project(*folders):
+        paths = ((name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items()))
+        return [name for name, path in paths if path and Path(path).parent in folders]
+
+    for name in of_the_project(project, project / "support", here):
+        del sys.modules[name]
+    sys.path[:] = [code, *(p for p in sys.path if Path(p) != project)]
     os.environ |= {"SD_CODE": code}
     os.chdir(code)
     status = pytest.main(argv)
+    if strays := of_the_project(project, project / "support"):
+        print("not of the copy:", *strays)
+        status = 9
     sys.stdout.flush()
     os._exit(status)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "conftest" not in sys.modules:  # which may have named a copy of the project
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from diffusion import make_process, sampling_grid  # noqa: E402
 from samplers import ddim, ddpm, dpmpp_2m, euler, heun  # noqa: E402

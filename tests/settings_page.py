@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if "conftest" not in sys.modules:  # which may have named a copy of the project
+    sys.path.insert(0, str(ROOT))
 
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, kind_of  # noqa: E402
 

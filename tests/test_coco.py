@@ -18,7 +18,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, no_hang
+from conftest import assert_one_line_error, no_hang, wait_for
 from PIL import Image
 
 from config import UserError
@@ -284,8 +284,7 @@ def test_a_download_stopped_leaves_nothing_half_and_the_next_goes_on(server, get
     sha1 = hashlib.sha1(server.files[f"/{coco.ZIP}"]).hexdigest()
     one = fork("get_data.py", "download", "--max_images", 5, "--held_out_images", 3, "--data_root", "coco", "--base_url",
                f"http://127.0.0.1:{server.server_port}", "--zip_sha1", sha1, cwd=tmp_path)  # fmt: skip
-    while not list(tmp_path.rglob("train*.jpg*")):  # one that drips is under way
-        time.sleep(0.02)
+    wait_for(lambda: list(tmp_path.rglob("train*.jpg*")))  # one that drips is under way
     os.kill(one.process.pid, number)
     assert one.wait(20).returncode == code
     assert all(server.files[name] == data for name, data in pictures(tmp_path).items())

@@ -185,7 +185,7 @@ COPIES = {
         "support/export.py", 'new = f"{folder}.{os.getpid()}.tmp"', "new = folder", "test_export.py", "is_killed"
     ),
     "an export of other noise": Copy(
-        "support/export.py", '"fixed_large"', '"fixed_small"', "test_export.py", "snippet and hash_run"
+        "support/export.py", '"fixed_large"', '"fixed_small"', "test_export.py", "snippet and models"
     ),
 }
 
@@ -203,11 +203,13 @@ def copied(copy, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COPIES)
-def test_a_broken_copy_is_noticed(tmp_path, name):
+def test_a_broken_copy_is_noticed(request, tmp_path, name):
     """Tests have run, and some have failed: not at their beginning, but at what they promise."""
     import child
 
     copy, code, out = COPIES[name], tmp_path / "code", tmp_path / "out"
+    if copy.chosen in ("asks_for_custom_code", "nobody_looked"):
+        request.getfixturevalue("real_data")
     copied(copy, code)
     words = ["-x", "--slow", "-p", "no:xdist", "-p", "no:cacheprovider", "-c", HERE.parent / "pytest.ini"]
     words += ["--rootdir", HERE.parent, "--basetemp", tmp_path / "tmp", HERE / copy.tests, "-k", copy.chosen]
