@@ -321,6 +321,17 @@ def tiny_run(tmp_path_factory):
 
 
 @pytest.fixture
+def quick_judge(monkeypatch):
+    """evaluate.py with a classifier of a few steps and few real scenes, where nobody looks at what it says."""
+    import evaluate
+    from support import judges
+
+    monkeypatch.setattr(judges, "CLASSIFIER_SCENES", 64)
+    monkeypatch.setattr(judges, "CLASSIFIER_EPOCHS", 1)
+    monkeypatch.setattr(evaluate, "REAL_SCENES", 32)
+
+
+@pytest.fixture
 def copy(tiny_run, tmp_path):
     """A copy of the finished tiny run, in tmp_path/run."""
     shutil.copytree(tiny_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("samples"))

@@ -318,7 +318,7 @@ def test_random_scales_reach_from_image_size_to_the_whole_evenly_by_ratio():
     assert all(abs(share - 0.5) < 0.05 for share in octaves)
     with pytest.raises(UserError, match="--random_scale.*--random_crop"):
         SDConfig(random_scale=True)
-    with pytest.raises(UserError, match="--random_crop.*less than a sixteenth"):
+    with pytest.raises(UserError, match="--random_crop.*at most 96"):
         SDConfig(image_size=32, random_crop=97, random_scale=True)
 
 
@@ -341,7 +341,7 @@ def test_only_training_pictures_are_larger_and_only_on_request(tmp_path):
         sizes = [read_pictures(s, cfg, progress_bar("read"))[0].shape[-1] for s in (train, held_out)]
         assert sizes == [32 + margin, 32]
     assert open_dataset(SDConfig(dataset="scenes", image_size=32), 4)[0][0].shape == (3, 36, 36)
-    with pytest.raises(UserError, match="--random_crop.*less than a quarter"):
+    with pytest.raises(UserError, match="--random_crop.*at most 32"):
         SDConfig(image_size=32, random_crop=33)
 
 

@@ -1,23 +1,17 @@
-"""Guards: the judge of words reads what pictures show and says what it cannot read; judges are trained once."""
+"""Promises of support/judges.py: the judge of words reads what pictures show and says what it cannot read; judges are trained once."""
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, flags
 from PIL import Image
 
+import evaluate
 from support import judges
 from text_encoder import WordHashTextEncoder, words_of
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(judges, "STEPS", 60)
-    monkeypatch.setattr(judges, "BATCH", 16)
-    monkeypatch.setattr(judges, "LEAST_PICTURES", 4)
-
 
 COLOURS = ("red", "green", "blue")
 
@@ -35,6 +29,17 @@ def painted(count):
     return pixels.byte(), captions
 
 
+@pytest.fixture(scope="module")
+def judge():
+    """pixels, captions, and what word_judge() makes of them, learned in a few steps."""
+    pixels, captions = painted(200)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("STEPS", 60), ("BATCH", 16), ("LEAST_PICTURES", 4)):
+            patch.setattr(judges, name, value)
+        made = judges.word_judge(pixels, captions, words_of, lambda x: x, {}, "", torch.device("cpu"))
+    return pixels, captions, *made
+
+
 def test_frequent_words_are_neither_rare_nor_in_most_captions():
     captions = [["a dog", "the Dog runs"]] * 60 + [["a cat"]] * 60 + [["a cow"]] * 30
     assert judges.frequent_words(captions, words_of) == ["cat", "dog", "runs", "the"]  # "a" is in all, "cow" in few
@@ -45,9 +50,8 @@ def test_labels_are_shares_of_a_pictures_captions():
     assert labels.tolist() == [[1.0, 0.0], [0.0, 0.5]]
 
 
-def test_the_judge_keeps_the_words_that_it_reads_and_no_others(quick):
-    pixels, captions = painted(200)
-    judge, words, why = judges.word_judge(pixels, captions, words_of, lambda x: x, {}, "", torch.device("cpu"))
+def test_the_judge_keeps_the_words_that_it_reads_and_no_others(judge):
+    pixels, captions, judge, words, why = judge
     assert {word for _, word in words} >= {*COLOURS} and not why
     assert not {word for _, word in words} & {"monday", "tuesday", "sunday"}
     x, names = judges.to_float(pixels, "cpu"), dict((word, i) for i, word in words)
@@ -121,11 +125,8 @@ def test_what_cannot_be_heard_is_said(captions, why, photographs, run_here, tmp_
     assert "words heard" in result.stdout and why in result.stdout
 
 
-def test_words_heard_are_of_words_that_enough_prompts_say(quick, monkeypatch):
-    import evaluate
-
-    pixels, captions = painted(200)
-    judge, words, why = judges.word_judge(pixels, captions, words_of, lambda x: x, {}, "", torch.device("cpu"))
+def test_words_heard_are_of_words_that_enough_prompts_say(judge):
+    pixels, captions, judge, words, why = judge
     prompts = [several[0] for several in captions[:40]]
     sets = {"generated": pixels[40:80], "reconstructed": pixels[:40], "real": pixels[:40]}
     figures = evaluate.words_heard(judge, words, why, prompts, sets, words_of, torch.device("cpu"))
@@ -137,8 +138,6 @@ def test_words_heard_are_of_words_that_enough_prompts_say(quick, monkeypatch):
 
 def test_scenes_have_a_classifier_that_is_kept(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(judges, "CLASSIFIER_SCENES", 64)
-    from dataclasses import replace
-
     cfg = replace(tiny, cache_dir=str(tmp_path))
     first = judges.scene_classifier(cfg, torch.device("cpu"))
     monkeypatch.setattr(judges, "paint_scenes", None)  # training would fail now

@@ -129,7 +129,7 @@ def test_prepared_scenes_are_not_taken_for_those_of_another_split():
 
 
 def test_photographs_have_no_combinations():
-    with pytest.raises(UserError, match="--held_out_combinations.*coco"):
+    with pytest.raises(UserError, match="--held_out_combinations.*--dataset scenes"):
         SDConfig(held_out_combinations=48)
 
 

@@ -12,7 +12,6 @@ from conftest import SMALL, TINY, TRAIN, assert_one_line_error, files, flags, ra
 from PIL import Image
 
 import diffusion
-import evaluate
 import train_unet
 from diffusion import configured_process
 from text_encoder import WordHashTextEncoder
@@ -121,11 +120,8 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_trains_makes_pictures_and_is_measured(tiny_run, tmp_path, run_here, monkeypatch, target):
+def test_every_target_trains_makes_pictures_and_is_measured(tiny_run, tmp_path, run_here, quick_judge, target):
     """Through the scripts: the process of a run is in its settings, and sample.py and evaluate.py go by it."""
-    monkeypatch.setattr(evaluate, "CLASSIFIER_SCENES", 64)
-    monkeypatch.setattr(evaluate, "CLASSIFIER_EPOCHS", 1)
-    monkeypatch.setattr(evaluate, "REAL_SCENES", 32)
     settings, sampler = TARGETS[target]
     shutil.copytree(tiny_run / "run", tmp_path / "run")
     command = [*TRAIN, "--overwrite", "--max_steps", 2, *flags(TINY | settings)]

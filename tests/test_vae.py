@@ -165,6 +165,6 @@ def test_the_weighted_terms_are_added_to_the_loss():
 
 
 def test_pictures_smaller_than_the_window_are_refused():
-    with pytest.raises(UserError, match="--ms_ssim_weight.*11 pixels.*8"):
+    with pytest.raises(UserError, match="--ms_ssim_weight.*11 pixels"):
         SDConfig(**TINY | {"image_size": 8, "ms_ssim_weight": 0.1})
     SDConfig(**TINY | {"image_size": 16, "ms_ssim_weight": 0.1})
