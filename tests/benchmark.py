@@ -1,4 +1,4 @@
-"""How fast the project is beside what people would otherwise use: diffusers' modules, a torchvision data loader.
+"""How fast the project is beside what people would otherwise use: diffusers' modules, a loader that decodes JPEGs.
 
   python tests/benchmark.py                 everything, in one run; minutes on two cores
   python tests/benchmark.py unet sample     or of these: unet, compile, vae, sample, data, save, memory, growth
@@ -30,11 +30,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,28 +42,19 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 
-from checkpoint import Run  # noqa: E402
-from test_models import randomize, their_unet, their_vae  # noqa: E402
+from conftest import flags, randomize  # noqa: E402
+from test_unet import their_unet  # noqa: E402
+from test_vae import their_vae  # noqa: E402
 
+import training  # noqa: E402
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig  # noqa: E402
-from data import Pictures, draw_views, open_dataset, read_pictures, take_views  # noqa: E402
+from data import Pictures, crop_pictures, draw_crops, open_dataset, read_pictures, to_float  # noqa: E402
 from diffusion import baab, guided_denoiser, make_process, prediction_loss, q_sample, sampling_grid  # noqa: E402
 from samplers import ddpm  # noqa: E402
-from training import (  # noqa: E402
-    FiniteGuard,
-    World,
-    clip_gradients,
-    compiled,
-    computes_in_bf16,
-    conv_layout,
-    make_autocast,
-    make_optimizer,
-    optimizer_step,
-    pick_device,
-    show_progress,
-    to_float,
-    use_large_pages,
-)
+from support import devices  # noqa: E402
+from support.checkpoint import Run  # noqa: E402
+from support.processes import World  # noqa: E402
+from support.show import progress_bar  # noqa: E402
 from unet import TimeEmbedding, UNetLatent  # noqa: E402
 from vae import AutoencoderKL, vae_loss  # noqa: E402
 
@@ -91,7 +82,7 @@ def flops_of(function):
 def peak_flops(device):
     """Operations per second of a large matrix product, in the precision of our trainers; the best of ten."""
     n = 8192 if device.type == "cuda" else 2048  # a GPU would spend on a smaller one no longer than on its launch
-    dtype = torch.bfloat16 if computes_in_bf16(device) else torch.float32
+    dtype = torch.bfloat16 if devices.computes_in_bf16(device) else torch.float32
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / min(in_turns({"product": lambda: a @ a}, 10, device)["product"])
 
@@ -110,27 +101,31 @@ def summary(times, unit=1.0):
     rows = {}
     for name, seconds in times.items():
         low, middle, high = statistics.quantiles(seconds, n=4)
-        rows[name] = {"median_s": middle * unit, "ratio_to_ours": statistics.median(seconds) / ours,
-                      "quartiles": [low / middle, high / middle], "n": len(seconds)}  # fmt: skip
+        rows[name] = {
+            "median_s": middle * unit,
+            "ratio_to_ours": statistics.median(seconds) / ours,
+            "quartiles": [low / middle, high / middle],
+            "n": len(seconds),
+        }
     return rows
 
 
 def unet_steps(device):
     """Makers of one training step of preset coco, batch 32, all on the same weights and batch: (our_step, their_step)."""
     cfg = SDConfig(**PRESETS["coco"])
-    autocast = make_autocast(device, cfg.mixed_precision)
+    autocast = devices.make_autocast(device, cfg.mixed_precision)
     first, first_t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
     weights = first.state_dict() | {f"time_embedding.{k}": v for k, v in first_t_ember.state_dict().items()}
     z, noise = (torch.randn(cfg.batch_size, *first.latent_shape, device=device) for _ in range(2))
     t = torch.randint(cfg.timesteps, (cfg.batch_size,), device=device)
     text_emb = torch.randn(cfg.batch_size, cfg.text_length, cfg.text_dim, device=device)
     z_t = q_sample(z, t, noise, baab()[2].to(device))
-    guard = FiniteGuard(device)
+    guard = training.FiniteGuard(device, SimpleNamespace(last_saved="nothing"))
 
     def our_step(compile=False):
         unet, t_ember = copy.deepcopy(first).train(), copy.deepcopy(first_t_ember)
-        optimizer = make_optimizer([unet, t_ember], cfg)
-        predict = compiled(unet, compile, device, False)
+        optimizer = training.make_optimizer([unet, t_ember], cfg)
+        predict = devices.maybe_compile(unet, compile, device, False)
 
         def step():
             with autocast():
@@ -138,8 +133,8 @@ def unet_steps(device):
             loss = prediction_loss(eps, noise).mean()
             optimizer.zero_grad()
             loss.backward()
-            guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
-            optimizer_step(optimizer, cfg.lr)
+            guard.judge(optimizer, loss, training.clip_gradients(optimizer, cfg.max_grad_norm), 1)
+            training.optimizer_step(optimizer, cfg.lr)
 
         return step
 
@@ -149,10 +144,10 @@ def unet_steps(device):
         adam = torch.optim.Adam(
             unet.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True if tuned else None
         )
-        predict = compiled(unet, compile, device, False)
+        predict = devices.maybe_compile(unet, compile, device, False)
 
         def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=tuned and computes_in_bf16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=tuned and devices.computes_in_bf16(device)):
                 eps = predict(z_t, t, text_emb).sample
             loss = torch.nn.functional.mse_loss(eps.float(), noise)
             adam.zero_grad()
@@ -169,17 +164,24 @@ def bench_unet(device, rounds):
     """One training step of preset coco, batch 32: forward, loss, backward, clipping, Adam."""
     our_step, their_step = unet_steps(device)
     ours = our_step()
-    sides = {"ours": ours, "diffusers eager": their_step(False),
-             "diffusers tuned": their_step(True, layout=conv_layout(device)),
-             "diffusers tuned, usual layout": their_step(True)}  # fmt: skip
+    sides = {
+        "ours": ours,
+        "diffusers eager": their_step(False),
+        "diffusers tuned": their_step(True, layout=devices.memory_format(device)),
+        "diffusers tuned, usual layout": their_step(True),
+    }
     return with_utilisation(summary(in_turns(sides, rounds, device)), ours, device)
 
 
 def bench_compile(device, rounds):
     """The same step with --compile; what compiling takes comes before."""
     our_step, their_step = unet_steps(device)
-    sides = {"ours": our_step(True), "ours, not compiled": our_step(), "diffusers eager": their_step(False),
-             "diffusers tuned and compiled": their_step(True, True, conv_layout(device))}  # fmt: skip
+    sides = {
+        "ours": our_step(True),
+        "ours, not compiled": our_step(),
+        "diffusers eager": their_step(False),
+        "diffusers tuned and compiled": their_step(True, True, devices.memory_format(device)),
+    }
     for side in ("ours", "diffusers tuned and compiled"):
         start = time.perf_counter()
         sides[side]()
@@ -190,32 +192,32 @@ def bench_compile(device, rounds):
 def bench_vae(device, rounds):
     """One training step of preset coco at 128 px, batch 4: encode, draw, decode, loss, backward, Adam."""
     cfg = SDConfig(**(PRESETS["coco"] | VAE_PRESETS["coco"]))
-    autocast, size = make_autocast(device, cfg.mixed_precision), (4, 3, cfg.image_size, cfg.image_size)
-    ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=conv_layout(device)).train()
+    autocast, size = devices.make_autocast(device, cfg.mixed_precision), (4, 3, cfg.image_size, cfg.image_size)
+    ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=devices.memory_format(device)).train()
     weights, pixels = ours.state_dict(), torch.rand(size, device=device) * 2 - 1
-    guard = FiniteGuard(device)
-    optimizer = make_optimizer([ours], cfg)
+    guard = training.FiniteGuard(device, SimpleNamespace(last_saved="nothing"))
+    optimizer = training.make_optimizer([ours], cfg)
 
     def our_step():
-        x = pixels.contiguous(memory_format=conv_layout(device))
+        x = pixels.contiguous(memory_format=devices.memory_format(device))
         with autocast():
             mu, log_var, x_hat = ours(x)
         loss, _, _ = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
         optimizer.zero_grad()
         loss.backward()
-        guard.judge(optimizer, loss, clip_gradients(optimizer, cfg.max_grad_norm), 1, "")
-        optimizer_step(optimizer, cfg.lr)
+        guard.judge(optimizer, loss, training.clip_gradients(optimizer, cfg.max_grad_norm), 1)
+        training.optimizer_step(optimizer, cfg.lr)
 
     def their_side(tuned):
         vae = their_vae(cfg).to(device).train()
         vae.load_state_dict(weights)
-        layout = conv_layout(device) if tuned else torch.contiguous_format
+        layout = devices.memory_format(device) if tuned else torch.contiguous_format
         vae = vae.to(memory_format=layout)
         adam = torch.optim.Adam(vae.parameters(), lr=cfg.lr, fused=True if tuned else None)
 
         def step():
             x = pixels.contiguous(memory_format=layout)
-            with torch.autocast(device.type, torch.bfloat16, enabled=tuned and computes_in_bf16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=tuned and devices.computes_in_bf16(device)):
                 posterior = vae.encode(x).latent_dist
                 x_hat = vae.decode(posterior.sample()).sample
             loss = torch.nn.functional.mse_loss(x_hat.float(), x) + cfg.beta * posterior.kl().mean()
@@ -233,15 +235,16 @@ def bench_vae(device, rounds):
 def bench_sample(device, rounds, steps=200):
     """The loop of sample.py without decoding, 4 pictures of preset coco, 200 steps."""
     cfg = SDConfig(**PRESETS["coco"])
-    autocast = make_autocast(device, cfg.mixed_precision)
+    autocast = devices.make_autocast(device, cfg.mixed_precision)
     ours, t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
     theirs = their_unet(cfg).to(device)
     theirs.load_state_dict(ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()})
     text_emb = torch.randn(4, cfg.text_length, cfg.text_dim, device=device)
     process = make_process()
     z, (ts, a, b) = torch.randn(4, *ours.latent_shape, device=device), sampling_grid(process, steps)
-    scheduler = diffusers.DDPMScheduler(cfg.timesteps, cfg.beta_start, cfg.beta_end, "linear", variance_type="fixed_large",
-                                        clip_sample=False)  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(
+        cfg.timesteps, cfg.beta_start, cfg.beta_end, "linear", variance_type="fixed_large", clip_sample=False
+    )
     scheduler.set_timesteps(steps)
 
     def our_loop():
@@ -257,8 +260,27 @@ def bench_sample(device, rounds, steps=200):
     return summary(in_turns({"ours": our_loop, "diffusers eager": their_loop}, rounds, device))
 
 
+class Jpegs(torch.utils.data.Dataset):
+    """Files decoded at each use, as the usual loaders do: shorter side resized, centre cropped, floats in [-1, 1]."""
+
+    def __init__(self, paths, side):
+        self.paths, self.side = paths, side
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        with Image.open(self.paths[i]) as picture:
+            x = picture.convert("RGB")
+        scale = self.side / min(x.size)
+        x = x.resize([round(scale * length) for length in x.size], Image.Resampling.BILINEAR)
+        left, top = ((length - self.side) // 2 for length in x.size)
+        x = torch.from_numpy(np.array(x.crop((left, top, left + self.side, top + self.side))))
+        return (x.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+
+
 def bench_data(device, rounds, count=512):
-    """One epoch of batches of 32 as float: out of the prepared file, and out of 640x480 JPEGs with torchvision."""
+    """One epoch of batches of 32 as float: out of the prepared file, and out of 640x480 JPEGs as they lie there."""
     side = 128
     with tempfile.TemporaryDirectory() as folder:
         noise = np.random.RandomState(0)
@@ -270,18 +292,16 @@ def bench_data(device, rounds, count=512):
             Path(folder, "theirs", "jpeg", f"{i}.jpg").write_bytes(data.getvalue())
         cfg, homes = SDConfig(cache_dir=os.path.join(folder, "prepared"), image_size=side), {os.path.realpath(folder)}
         records = [(os.path.join(folder, "theirs", "jpeg", f"{i}.jpg"), ["x"]) for i in range(count)]
-        pixels, _ = read_pictures(Pictures(records, side, homes), cfg, show_progress("prepare"))
-        t = torchvision.transforms
-        transform = t.Compose([t.Resize(side), t.CenterCrop(side), t.ToTensor(), t.Normalize([0.5] * 3, [0.5] * 3)])
-        theirs = torchvision.datasets.ImageFolder(os.path.join(folder, "theirs"), transform)
+        pixels, _ = read_pictures(Pictures(records, side, homes), cfg, progress_bar("prepare"))
+        theirs = Jpegs([path for path, _ in records], side)
         loader = torch.utils.data.DataLoader(theirs, 32, shuffle=True, num_workers=2, persistent_workers=True)
 
         def our_epoch():
             for index in torch.randperm(count).split(32):
-                to_float(take_views(pixels, index, draw_views(len(index), cfg), side), device)
+                to_float(crop_pictures(pixels, index, draw_crops(len(index), cfg), side), device)
 
         def their_epoch():
-            for x, _ in loader:
+            for x in loader:
                 x.to(device)
 
         figures = summary(in_turns({"ours": our_epoch, "JPEGs, 2 workers": their_epoch}, rounds, device))
@@ -293,7 +313,7 @@ def bench_save(device, rounds):
     cfg = SDConfig()
     unet, t_ember = UNetLatent(cfg), TimeEmbedding(cfg.time_dim)
     parameters = [*unet.parameters(), *t_ember.parameters()]
-    optimizer, modules = make_optimizer([unet, t_ember], cfg), (unet, t_ember, copy.deepcopy(unet))
+    optimizer, modules = training.make_optimizer([unet, t_ember], cfg), (unet, t_ember, copy.deepcopy(unet))
     for p in parameters:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -305,10 +325,11 @@ def bench_save(device, rounds):
             itertools.count(1),
             os.path.join(folder, "bare"),
         )
+        state = run.resume(modules, optimizer, training.State(0, 0, 0, torch.zeros(())))
 
         def ours():
-            step = next(number)
-            run.save(f"1_step{step}", False, modules, optimizer, {"step": step, "epoch": 0})
+            state.step = next(number)
+            run.save(f"1_step{state.step}", state)
 
         def theirs():
             for i, content in enumerate([*(m.state_dict() for m in modules), optimizer.state_dict()]):
@@ -323,9 +344,20 @@ def bench_save(device, rounds):
 
 
 COUNTS = (1_000, 10_000, 40_000)
-SMALL = {"image_size": 16, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "timesteps": 4,
-         "unet_block_out_channels": (8, 16), "unet_norm_num_groups": 4, "time_dim": 32, "text_encoder": "hash", "text_length": 8,
-         "batch_size": 32, "held_out_images": 32}  # fmt: skip
+SMALL = {
+    "image_size": 16,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "timesteps": 4,
+    "unet_block_out_channels": (8, 16),
+    "unet_norm_num_groups": 4,
+    "time_dim": 32,
+    "text_encoder": "hash",
+    "text_length": 8,
+    "batch_size": 32,
+    "held_out_images": 32,
+}
 
 
 def link_pictures(folder, count):
@@ -370,8 +402,14 @@ def in_slices(commands, cwd, slice_s=0.25):
             for name, command in commands.items():
                 start = time.perf_counter()
                 if name not in running:
-                    running[name] = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                                     start_new_session=True)  # fmt: skip
+                    running[name] = subprocess.Popen(
+                        command,
+                        cwd=cwd,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        start_new_session=True,
+                    )
                 process = running[name]
                 if process.poll() is not None:
                     continue
@@ -390,10 +428,6 @@ def in_slices(commands, cwd, slice_s=0.25):
     return used
 
 
-def flags_of(settings):
-    return [w for k, v in settings.items() for w in (f"--{k}", *map(str, v if isinstance(v, tuple) else (v,)))]
-
-
 def bench_memory(device, rounds):
     """GB that each trainer, with the smallest nets, holds on 1,000 and 40,000 pictures of 128 pixels, page cache apart."""
     if not os.path.exists("/proc/self/status"):
@@ -405,7 +439,7 @@ def bench_memory(device, rounds):
             link_pictures(os.path.join(folder, str(n)), n)
             data = {"dataset": "folder", "data_root": n, "run_dir": f"run{n}", "max_images": n, "max_steps": 20}
             for script in ("train_vae.py", "train_unet.py"):
-                words = [*flags_of(data | settings), "--overwrite"]
+                words = [*flags(data | settings), "--overwrite"]
                 timed_script(script, *words, cwd=folder)  # prepares what it reads
                 rows[f"{script}, {n}"] = {"memory_gb": timed_script(script, *words, cwd=folder)[1]}
                 print(f"  {script} on {n:6,d} pictures: {rows[f'{script}, {n}']['memory_gb']:.3f} GB", flush=True)
@@ -417,7 +451,7 @@ def prepare_often(root, count, times):
     cfg = SDConfig(**(SMALL | {"dataset": "folder", "data_root": str(root), "max_images": count}))
     for _ in range(times):
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            read_pictures(open_dataset(cfg)[0], replace(cfg, cache_dir=folder), show_progress("prepare"))
+            read_pictures(open_dataset(cfg)[0], replace(cfg, cache_dir=folder), progress_bar("prepare"))
 
 
 def bench_growth(device, rounds):
@@ -434,18 +468,32 @@ def bench_growth(device, rounds):
         link_pictures(os.path.join(folder, "few"), 10 * held_out)
         for n in COUNTS:
             link_pictures(os.path.join(folder, str(n)), n)
-            common = flags_of(SMALL | {"dataset": "folder", "data_root": n, "max_images": n, "num_epochs": total // n,
-                                       "save_every": LARGEST, "save_minutes": 60})  # fmt: skip
+            common = flags(
+                SMALL
+                | {
+                    "dataset": "folder",
+                    "data_root": n,
+                    "max_images": n,
+                    "num_epochs": total // n,
+                    "save_every": LARGEST,
+                    "save_minutes": 60,
+                }
+            )
             for script in ("train_vae.py", "train_unet.py"):
                 timed_script(script, *common, "--run_dir", f"run{n}", "--max_steps", 1, cwd=folder)
             vae = python("train_vae.py", *common, "--run_dir")
-            training |= {(n, "prepare"): prepare_command(n, n - held_out, total // n),
-                         (n, "prepare one batch"): prepare_command("few", batch, total // n),
-                         (n, "start"): [*vae, f"b{n}", "--max_steps", "1"], (n, "train"): [*vae, f"c{n}"],
-                         (n, "one batch"): [*vae, f"d{n}", "--max_images", str(batch)]}  # fmt: skip
+            training |= {
+                (n, "prepare"): prepare_command(n, n - held_out, total // n),
+                (n, "prepare one batch"): prepare_command("few", batch, total // n),
+                (n, "start"): [*vae, f"b{n}", "--max_steps", "1"],
+                (n, "train"): [*vae, f"c{n}"],
+                (n, "one batch"): [*vae, f"d{n}", "--max_images", str(batch)],
+            }
             order = python("sample.py", "--run_dir", f"run{n}", "--steps", 1, "--prompt", *"x" * (total // n))
-            sampling |= {(n, "few"): [*order, "--num_images", str(shown), "--out", f"few{n}"],
-                         (n, "many"): [*order, "--num_images", str(n), "--out", f"many{n}"]}  # fmt: skip
+            sampling |= {
+                (n, "few"): [*order, "--num_images", str(shown), "--out", f"few{n}"],
+                (n, "many"): [*order, "--num_images", str(n), "--out", f"many{n}"],
+            }
         seconds = in_slices(training, folder) | in_slices(sampling, folder)
     rows = {}
     for n in COUNTS:
@@ -453,16 +501,23 @@ def bench_growth(device, rounds):
             seconds[n, what] for what in ("prepare", "prepare one batch", "start", "train", "one batch", "few", "many")
         )
         more = total // n * (n - held_out - batch)  # training pictures beyond those of the one batch
-        rows[n] = {"prepare_ms": 1e3 * (prepare - prepare_one) / more, "epoch_end_s": (one - start) / (total // n),
-                   "train_ms": 1e3 * (train - one) / more,
-                   "sample_ms": 1e3 * (many - few) / (total - total // n * shown)}  # fmt: skip
+        rows[n] = {
+            "prepare_ms": 1e3 * (prepare - prepare_one) / more,
+            "epoch_end_s": (one - start) / (total // n),
+            "train_ms": 1e3 * (train - one) / more,
+            "sample_ms": 1e3 * (many - few) / (total - total // n * shown),
+        }
         print(f"  {n:6d} pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[n].items()), flush=True)
     return rows
 
 
 def prepare_command(root, count, times):
-    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark; "
-                                  f"benchmark.prepare_often({str(root)!r}, {count}, {times})"]  # fmt: skip
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark; "
+        f"benchmark.prepare_often({str(root)!r}, {count}, {times})",
+    ]
 
 
 BENCHES = {
@@ -485,8 +540,8 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"{min(unknown)}: is none of {', '.join(BENCHES)}")
-    use_large_pages()
-    device = pick_device()
+    devices.use_large_pages()
+    device = devices.pick_device()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     figures = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
     print(", ".join(f"{k} {v}" for k, v in figures.items()))
@@ -499,8 +554,10 @@ def main():
             if isinstance(row, dict) and "median_s" in row:
                 low, high = row["quartiles"]
                 used = f", utilisation {100 * row['utilisation']:.0f} %" if "utilisation" in row else ""
-                print(f"  {side:28s} {1000 * row['median_s']:9.1f} ms, {row['ratio_to_ours']:6.2f} x ours "
-                      f"(quartiles {low:.2f} .. {high:.2f} of the median, n = {row['n']}){used}")  # fmt: skip
+                print(
+                    f"  {side:28s} {1000 * row['median_s']:9.1f} ms, {row['ratio_to_ours']:6.2f} x ours "
+                    f"(quartiles {low:.2f} .. {high:.2f} of the median, n = {row['n']}){used}"
+                )
     peak = (
         torch.cuda.max_memory_allocated() / 1e9
         if device.type == "cuda"

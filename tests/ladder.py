@@ -1,4 +1,4 @@
-"""The ladder of RESULTS.md: from the faithful recipe upwards, one change per rung, at equal pictures seen.
+"""The ladder of docs/results.md: from the faithful recipe upwards, one change per rung, at equal pictures seen.
 
   python tests/ladder.py OUT --seeds 0 1 2      trains and measures every rung for every seed (hours on two cores)
   python tests/ladder.py OUT --seeds 0 1 2 --only_table
@@ -22,11 +22,29 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
+from support import judges  # noqa: E402
 
 # the demo as it was when the ladder was climbed: it has more scenes now, another U-Net, other learning rates and guidance
-COMMON = ["--preset", "demo", "--held_out_combinations", "48", "--save_minutes", "60", "--max_images", "4000",
-          "--unet_block_out_channels", "32", "64", "128", "--time_dim", "128", "--lr", "1e-3", "--lr_warmup_steps",
-          "20"]  # fmt: skip
+COMMON = [
+    "--preset",
+    "demo",
+    "--held_out_combinations",
+    "48",
+    "--save_minutes",
+    "60",
+    "--max_images",
+    "4000",
+    "--unet_block_out_channels",
+    "32",
+    "64",
+    "128",
+    "--time_dim",
+    "128",
+    "--lr",
+    "1e-3",
+    "--lr_warmup_steps",
+    "20",
+]
 VAE_AS_CLIMBED = "--num_epochs 2 --batch_size 4"
 UNET_AS_CLIMBED = "--batch_size 16 --caption_dropout 0.1 --guidance_interval 0 1"
 RECIPE = "--prediction_type epsilon --caption_dropout 0 --guidance_scale 1 --sample_steps 0"
@@ -42,9 +60,8 @@ RUNGS = {
     "v-prediction on scaled betas": ("", f"{RECIPE} {V_PREDICTION}", "--ema"),
     "the same + guidance": ("", f"{RECIPE} {V_PREDICTION} --caption_dropout 0.1", "--ema --guidance_scale 2"),
     "+ flow matching": ("", "", "--ema --guidance_scale 2"),
-    "+ VAE regulariser": ("--equivariance 0.25", "", "--ema --guidance_scale 2"),
     "best: flow matching, less guidance": ("", "", "--ema --guidance_scale 1.25"),
-}  # fmt: skip
+}
 COLUMNS = {
     "prompts, %": lambda r: 100 * r["prompts"]["generated"]["all"],
     "composition, %": lambda r: 100 * r["composition"]["generated"]["all"],
@@ -97,14 +114,14 @@ def measure(run_dir, num_prompts, steps, flags):
 
 def train_one_judge():
     """All rungs of a process are judged by the same classifier, which does not depend on them."""
-    real, kept = evaluate.train_classifier, []
+    real, kept = judges.train_classifier, []
 
     def train_classifier(cfg, device):
         if not kept:
             kept.append(real(cfg, device))
         return kept[0]
 
-    evaluate.train_classifier = train_classifier
+    judges.train_classifier = train_classifier
 
 
 def table(out, seeds):

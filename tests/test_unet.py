@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from conftest import randomize
 from diffusers import UNet2DConditionModel as TheirUNet
-from test_vae import TOLERANCE, randomize
+from test_vae import TOLERANCE
 
 from config import PRESETS, SDConfig
 from unet import TimeEmbedding, UNetLatent, attend

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, randomize
 from diffusers import AutoencoderKL as TheirVAE
 
 from config import SDConfig, UserError
@@ -32,16 +32,6 @@ def their_vae(cfg):
         latent_channels=cfg.latent_channels, norm_num_groups=cfg.norm_num_groups,
         use_quant_conv=False, use_post_quant_conv=False,
     ).eval()  # fmt: skip
-
-
-def randomize(module):
-    """Fill every weight, the zero-initialised ones too, so that a wrong connection cannot hide."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            scale = 1 / math.sqrt(p[0].numel()) if p.dim() > 1 else 0.1
-            p.copy_(torch.randn_like(p) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return module.eval()
 
 
 def test_vae_equals_diffusers_with_the_same_weights(preset):
