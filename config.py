@@ -144,8 +144,8 @@ def rules(c):
     interval = c.guidance_interval
     rising = len(interval) == 2 and interval[0] <= interval[1]
     yield "guidance_interval", rising, f"{' '.join(map(str, interval))}: no interval; give two rising numbers in 0 to 1"
-    scenes = c.dataset == "scenes"
-    yield "held_out_combinations", scenes or not c.held_out_combinations, "only scenes have them; give --dataset scenes"
+    known = c.dataset == "scenes" or not c.held_out_combinations
+    yield "held_out_combinations", known, f"dataset {c.dataset} has no known combinations; give --dataset scenes"
     yield "time_dim", c.time_dim % 8 == 0, f"{c.time_dim} is not a multiple of 8; give one"
     width = 4 * c.unet_block_out_channels[0]
     yield "time_dim", c.time_dim == width, f"is not 4 x the first U-Net channels; give --time_dim {width}"
@@ -160,8 +160,8 @@ def rules(c):
     halves = c.image_size % factor == 0
     yield "image_size", halves, f"{c.image_size} cannot be halved by every level; give a multiple of {factor}"
     yield "random_scale", c.random_crop > 0 or not c.random_scale, "has no larger pictures; give --random_crop too"
-    most = 3 * c.image_size if c.random_scale else c.image_size
-    yield "random_crop", c.random_crop <= most, f"leaves too little of a picture in a crop; give at most {most}"
+    most, least = (3 * c.image_size, "sixteenth") if c.random_scale else (c.image_size, "quarter")
+    yield "random_crop", c.random_crop <= most, f"leaves less than a {least} of a picture; give at most {most}"
     lowest = c.latent_size // 2 ** (len(c.unet_block_out_channels) - 1)
     for side, channels, groups in (
         (c.latent_size, c.block_out_channels[-2:], "norm_num_groups"),
@@ -169,7 +169,11 @@ def rules(c):
     ):
         varies = side > 1 or min(channels) > getattr(c, groups)
         yield groups, varies, "leaves each GroupNorm one number, at 1 x 1; give fewer groups or a larger --image_size"
-    yield "ms_ssim_weight", not c.ms_ssim_weight or c.image_size >= 11, "needs pictures of 11 pixels or more; give 0"
+    yield (
+        "ms_ssim_weight",
+        not c.ms_ssim_weight or c.image_size >= 11,
+        f"its window is 11 pixels wide, the pictures {c.image_size}; give 0",
+    )
 
 
 def check(right, name, what):

@@ -351,7 +351,7 @@ loss, shuffled - matched caption | {captions[shuffled][gap]:+.4f} | standard err
 loss, empty - matched caption | {captions[empty][gap]:+.4f} | standard error {captions[empty][standard_error]:.4f}
 words heard ({words[words]} words), AUC | {words[generated]:.3f} | real {words[real]:.3f}, through the VAE {words[reconstructed]:.3f}
 words heard, of what the VAE shows | {words[share]:.2f} | 1
-words heard | - | {words[why]}
+words heard | {words[why]:.0}- | {words[why]}
 contrast ratio | {looks[contrast]:.3f} | 1: real pictures through the VAE
 colourfulness ratio | {looks[colourfulness]:.3f} | 1: real pictures through the VAE
 Frechet distance, n = {distances[pictures]} | {distances[frechet]:.4g} | real {distances[frechet_floor]:.4g}

@@ -118,7 +118,7 @@ def test_the_loss_of_the_best_white_gaussian_predictor(process, bound):
     do not compare, each has its own bound.
     """
     s, count = 0.908, 40_000
-    cfg = SimpleNamespace(prediction_type=process.prediction_type, timesteps=200)
+    cfg = SimpleNamespace(prediction_type=process.prediction_type, timesteps=200, flow_time_mean=0.0)
     t, x0, noise = draw_times(count, cfg), s * torch.randn(count, 16), torch.randn(count, 16)
     z_t, target = add_noise(process, x0, t, noise)
     a, b = (c.float()[:, None] for c in levels(process, t))

@@ -17,9 +17,12 @@ from PIL import Image
 from test_metrics import random_covariance
 
 import evaluate
+import scenes
 from config import SDConfig
 from diffusion import baab, configured_process, sample
+from support import judges
 from text_encoder import WordHashTextEncoder
+from training import seed_step
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
 
@@ -33,9 +36,14 @@ def paint(series, count):
 # ---- Sets of pictures ----
 
 
-def test_random_features_notice_what_is_wrong_and_are_the_same_for_every_run():
-    real, good = paint(7, 256), paint(8, 128)
-    classifier = evaluate.random_classifier(real, CPU)
+def test_distances_notice_what_is_wrong():
+    """With the features of any network that tells colours and places apart; here one with random weights."""
+    seed_step(judges.SEED, 0)
+    real, good, judge = paint(7, 256), paint(8, 128), judges.SceneClassifier()
+    for norm in (m for m in judge.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0  # the statistics of the one batch: without them the signal drowns in the biases
+    judge((real.float() / 127.5) - 1)
+    judge.eval()
     wrong = {
         "colour": good.flip(1),
         "layout": good.flip(2),
@@ -43,15 +51,13 @@ def test_random_features_notice_what_is_wrong_and_are_the_same_for_every_run():
         "noise": (good.float() + 30 * torch.randn(good.shape)).clamp(0, 255).byte(),
         "one": good[:1].expand(128, -1, -1, -1),
     }
-    floor = evaluate.distances(classifier, good, real, CPU)
+    floor = evaluate.distances(judge, good, real, CPU)
     assert floor["pictures"] == 128 and floor["frechet"] < 1.1 * floor["frechet_floor"]
     for what, pictures in wrong.items():
-        found = evaluate.distances(classifier, pictures, real, CPU)
+        found = evaluate.distances(judge, pictures, real, CPU)
         assert found["frechet"] > 1.1 * floor["frechet_floor"], what
         assert found["kernel"] > 8 * abs(floor["kernel_floor"]), what
-    assert evaluate.distances(classifier, good, real[:3], CPU) == {}
-    torch.manual_seed(5)
-    assert evaluate.distances(evaluate.random_classifier(real, CPU), good, real, CPU) == floor
+    assert evaluate.distances(judge, good, real[:3], CPU) == {} == evaluate.distances(None, good, real, CPU)
 
 
 def test_the_spread_of_channel_means_is_compared_with_that_of_training():
@@ -219,25 +225,32 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
         "distances": {"pictures": 7, "frechet": 3.0, "frechet_floor": 2.0, "kernel": 1.0, "kernel_floor": -1.0},
         "channel_means": {"ratio": 0.9, "held_out": 1.1},
         "memorisation": {"nearer": 0.0625} | {kind: {"median": 0.1} for kind in ("generated", "held_out")},
+        "words": {"words": 3, "generated": 0.7, "real": 0.8, "reconstructed": 0.75, "share": 0.8},
+        "looks": {"contrast": 0.9, "colourfulness": 1.1},
         "prompts": {"generated": shares, "real": shares},
         "composition": {"generated": shares, "real": shares},
         "library": {"fid": 12.0, "clip_score": 25.0, "pictures": [7, 6]},
     }
     full = evaluate.table(results).splitlines()
-    assert len(full) == 2 + len(evaluate.ROWS.splitlines()) + 2 * 3 + 4  # a row with * is four
+    # a row with * is four, and one row is for what cannot be heard
+    assert len(full) == 2 + len(evaluate.ROWS.splitlines()) - 1 + 2 * 3 + 4
     assert full[0] == "runs/x, unet_ckpt1: num_steps 5"
     assert full[2] == "VAE, held-out MSE                     0.1000   PSNR 16.0 dB"
     assert full[-3:] == ["loss        0.7500      -", "over white       -   2.00", "over wiener      -   2.00"]
     assert f"{'composition, place right':34}     50.0%   real 50.0%" in full and "CLIP score, n = 7" in full[-5]
     for kind in ("prompts", "composition", "library"):
         del results[kind]
+    results["words"] = {"words": 0, "why": "too few"}
     results |= {"distances": {}, "channel_means": {"ratio": 0.9, "held_out": None}}
     results["denoising"]["wiener"] = results["captions"]["empty"]["standard_error"] = None
     less = evaluate.table(results).splitlines()
+    assert f"{'words heard':34}         -   too few" in less
     gone = [line for line in full if line not in less]
     words = [
         "wiener bound",
         "empty - ",
+        "words heard (3 words)",
+        "words heard, of",
         "Frechet",
         "kernel",
         "variance ratio",
@@ -259,7 +272,7 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
 @pytest.fixture
 def quick(monkeypatch):
     """A classifier of eight steps, and few real scenes: for tests that do not look at what it says."""
-    monkeypatch.setattr(evaluate, "CLASSIFIER_SCENES", 128)
+    monkeypatch.setattr(judges, "CLASSIFIER_SCENES", 128)
     monkeypatch.setattr(evaluate, "REAL_SCENES", 64)
 
 
@@ -289,7 +302,7 @@ def measure(folder, run_here, *argv):
 
 
 def test_evaluate_measures_and_leaves_the_run_alone(tiny_run, tmp_path, run_here, monkeypatch):
-    monkeypatch.setattr(evaluate, "CLASSIFIER_SCENES", 1024)  # an eighth of the training, for a weaker one in seconds
+    monkeypatch.setattr(judges, "CLASSIFIER_SCENES", 1024)  # an eighth of the training, for a weaker one in seconds
     monkeypatch.setattr(evaluate, "REAL_SCENES", 256)
     shutil.copytree(tiny_run / "run", tmp_path / "run")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
@@ -329,7 +342,7 @@ def test_composition_is_measured_where_combinations_were_held_out_and_twice_the_
 def test_prompts_of_held_out_combinations_are_no_others():
     seen, unseen = evaluate.split_combinations(48)
     asked = [set(evaluate.scenes_of(evaluate.PROMPT_SERIES, 200, combinations)[0]) for combinations in (seen, unseen)]
-    assert not asked[0] & asked[1] and asked[1] <= {evaluate.full_caption(*c) for c in unseen}
+    assert not asked[0] & asked[1] and asked[1] <= {scenes.full_caption(*c) for c in unseen}
 
 
 def test_photographs_are_measured_where_they_are_and_warned_of_if_they_are_others_now(tmp_path, run_here):

@@ -44,7 +44,7 @@ def test_nobody_imports_a_script():
 
 @pytest.mark.parametrize("module", METHOD)
 def test_the_method_knows_no_files_and_no_processes(module):
-    allowed = {"support.errors"} | ({"support.cuda_graph"} if module == "diffusion" else set())
+    allowed = {"support.errors"} | ({"support.cuda_graph"} if module in ("diffusion", "training") else set())
     assert {name for name in imports(module) if name.startswith("support")} <= allowed
     assert imports(module) - allowed <= {*METHOD, "config"}
 

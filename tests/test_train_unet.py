@@ -15,6 +15,7 @@ import diffusion
 import evaluate
 import train_unet
 from diffusion import configured_process
+from support import judges
 from text_encoder import WordHashTextEncoder
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
@@ -123,8 +124,8 @@ TARGETS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_trains_makes_pictures_and_is_measured(tiny_run, tmp_path, run_here, monkeypatch, target):
     """Through the scripts: the process of a run is in its settings, and sample.py and evaluate.py go by it."""
-    monkeypatch.setattr(evaluate, "CLASSIFIER_SCENES", 64)
-    monkeypatch.setattr(evaluate, "CLASSIFIER_EPOCHS", 1)
+    monkeypatch.setattr(judges, "CLASSIFIER_SCENES", 64)
+    monkeypatch.setattr(judges, "CLASSIFIER_EPOCHS", 1)
     monkeypatch.setattr(evaluate, "REAL_SCENES", 32)
     settings, sampler = TARGETS[target]
     shutil.copytree(tiny_run / "run", tmp_path / "run")
