@@ -84,6 +84,7 @@ class SDConfig:
     guidance_interval: tuple[float, ...] = setting(
         (0.0, 1.0), "part of the schedule to guide in: 0 clean, 1 noise", 0, 1
     )
+    guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1)
 
     # training
     batch_size: int = setting(32, "pictures per optimizer step", 1)

@@ -265,6 +265,22 @@ def test_guidance_acts_within_its_interval_alone(interval, sizes):
     assert unet.asked == sizes
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.5, 1.0])
+def test_rescaled_guidance_has_the_spread_of_the_unguided_x0(rescale):
+    """The mean of x0 is not zero here, so that guidance changes its spread; z stays a x0 + b eps."""
+    z = torch.randn(2, 1, 4, 4) * torch.arange(1.0, 5.0)
+    plain, guided, found = (
+        denoiser(CountingUNet(), scale=w, rescale=r)[0](z, 1) for w, r in ((1.0, 0.0), (4.0, 0.0), (4.0, rescale))
+    )
+    spread = [x0.std(dim=(1, 2, 3)) for x0, _ in (plain, guided, found)]
+    torch.testing.assert_close(spread[2], spread[1] + rescale * (spread[0] - spread[1]))
+    # the same point of the same path: a x0 + b eps is z for either
+    difference = [(f - g).flatten() for f, g in zip(found, guided)]
+    if rescale:
+        ratio = difference[0] / difference[1]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("wrong, word", [
     ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"), ({"guidance_interval": (0, 2)}, "guidance_interval"),
     ({"negative_prompt": "blurry"}, "guidance_scale"), ({"eta": 0.5}, "eta"), ({"sampler": "ddim", "eta": 2}, "eta"),
