@@ -17,8 +17,9 @@ VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
     "lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
 )
 PRESET_HELP = (
-    "coco (the recipe), best (the recipe with what has won since), coco64, coco256, coco512 (coco at other sizes) or demo "
-    "(embedded data, minutes on a CPU); default: coco if its captions are there, else demo"
+    "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
+    "coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); default: coco if its captions are "
+    "there, else demo"
 )
 
 
