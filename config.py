@@ -84,6 +84,7 @@ class SDConfig:
     guidance_interval: tuple[float, ...] = setting(
         (0.0, 1.0), "part of the schedule to guide in: 0 clean, 1 noise", 0, 1
     )
+    guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1)
 
     # training
     batch_size: int = setting(32, "pictures per optimizer step", 1)
@@ -144,8 +145,8 @@ def rules(c):
     interval = c.guidance_interval
     rising = len(interval) == 2 and interval[0] <= interval[1]
     yield "guidance_interval", rising, f"{' '.join(map(str, interval))}: no interval; give two rising numbers in 0 to 1"
-    scenes = c.dataset == "scenes"
-    yield "held_out_combinations", scenes or not c.held_out_combinations, "only scenes have them; give --dataset scenes"
+    known = c.dataset == "scenes" or not c.held_out_combinations
+    yield "held_out_combinations", known, f"dataset {c.dataset} has no known combinations; give --dataset scenes"
     yield "time_dim", c.time_dim % 8 == 0, f"{c.time_dim} is not a multiple of 8; give one"
     width = 4 * c.unet_block_out_channels[0]
     yield "time_dim", c.time_dim == width, f"is not 4 x the first U-Net channels; give --time_dim {width}"
@@ -160,8 +161,8 @@ def rules(c):
     halves = c.image_size % factor == 0
     yield "image_size", halves, f"{c.image_size} cannot be halved by every level; give a multiple of {factor}"
     yield "random_scale", c.random_crop > 0 or not c.random_scale, "has no larger pictures; give --random_crop too"
-    most = 3 * c.image_size if c.random_scale else c.image_size
-    yield "random_crop", c.random_crop <= most, f"leaves too little of a picture in a crop; give at most {most}"
+    most, least = (3 * c.image_size, "sixteenth") if c.random_scale else (c.image_size, "quarter")
+    yield "random_crop", c.random_crop <= most, f"leaves less than a {least} of a picture; give at most {most}"
     lowest = c.latent_size // 2 ** (len(c.unet_block_out_channels) - 1)
     for side, channels, groups in (
         (c.latent_size, c.block_out_channels[-2:], "norm_num_groups"),
@@ -169,7 +170,11 @@ def rules(c):
     ):
         varies = side > 1 or min(channels) > getattr(c, groups)
         yield groups, varies, "leaves each GroupNorm one number, at 1 x 1; give fewer groups or a larger --image_size"
-    yield "ms_ssim_weight", not c.ms_ssim_weight or c.image_size >= 11, "needs pictures of 11 pixels or more; give 0"
+    yield (
+        "ms_ssim_weight",
+        not c.ms_ssim_weight or c.image_size >= 11,
+        f"its window is 11 pixels wide, the pictures {c.image_size}; give 0",
+    )
 
 
 def check(right, name, what):
@@ -206,38 +211,50 @@ def kind_of(f):
 
 # ---- Presets: what differs from the defaults above, for both trainers ------------------------------------
 
-FLOW_WINS = {  # what won on the ladder of docs/notebook.md
+FLOW_WINS = {  # what won on the ladders of docs/notebook.md
     "prediction_type": "flow",
-    "caption_dropout": 0.1,
     "sample_steps": 50,
-    "guidance_scale": 2.0,
-    "guidance_interval": (0.0, 0.7),  # the first steps settle the mean colours: guidance makes them vary too much
+    "caption_dropout": 0.05,
+    "adam_beta2": 0.99,
+    "weight_decay": 0.0,
     "ema_warmup": True,
+}
+PHOTOGRAPHS = {  # a caption says little about a photograph, and most of it at the noisy end
+    **FLOW_WINS,
+    "flow_time_mean": 0.5,
+    "guidance_scale": 2.2,
+    "guidance_interval": (0.3, 1.0),
+    "guidance_rescale": 0.3,
+    "optimizer": "muon",
+    "lr_warmup_steps": 100,
+}
+SMALL_NETS = {  # for two CPU cores
+    "image_size": 64,
+    "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 1,  # the small VAE learns faster with it
+    "unet_block_out_channels": (48, 96),  # two levels: at this size much of a step is what any step costs
+    "unet_norm_num_groups": 8,
+    "time_dim": 192,
+    "text_encoder": "hash",
+    "lr": 2.3e-3,
+    "ema_decay": 0.995,
 }
 PRESETS = {
     "coco": {},  # the recipe
-    "best": {**FLOW_WINS, "ema_decay": 0.999},
-    "demo": {  # sized for two CPU cores and a few minutes
+    "best": {**PHOTOGRAPHS, "lr": 1e-3, "ema_decay": 0.999},
+    "best64": {**PHOTOGRAPHS, **SMALL_NETS, "text_length": 32, "num_epochs": 20},  # half an hour for 6,400 pictures
+    "demo": {  # painted scenes, in minutes
         **FLOW_WINS,
+        **SMALL_NETS,
         "dataset": "scenes",
         "max_images": 7000,
         "held_out_images": 256,
-        "image_size": 64,
-        "block_out_channels": (16, 32, 64),
-        "layers_per_block": 1,
-        "norm_num_groups": 1,  # the small VAE learns faster with it
-        "unet_block_out_channels": (48, 96),  # two levels: at this size much of a step is what any step costs
-        "unet_norm_num_groups": 8,
-        "time_dim": 192,
-        "text_encoder": "hash",
         "text_length": 12,
         "num_epochs": 3,
-        "lr": 2.3e-3,
         "lr_warmup_steps": 60,
-        "caption_dropout": 0.05,
-        "adam_beta2": 0.99,
-        "weight_decay": 0.0,
-        "ema_decay": 0.995,
+        "guidance_scale": 2.0,
+        "guidance_interval": (0.0, 0.7),  # in the first steps it makes the mean colours of scenes vary too much
     },
     # other sizes keep the U-Net; 48 pixel values to each latent number, as at 128
     "coco64": {"image_size": 64, "block_out_channels": (64, 128, 256)},
@@ -247,7 +264,8 @@ PRESETS = {
 COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0}
 VAE_PRESETS = {  # what differs besides for train_vae.py
     "coco": COCO_VAE,
-    "best": COCO_VAE,
+    "best": {"optimizer": "adam", "lr": 5e-4},
+    "best64": {"optimizer": "adam", "batch_size": 8, "num_epochs": 3, "lr": 2e-3},
     "demo": {"batch_size": 8, "num_epochs": 1, "lr": 2e-3},
     "coco64": COCO_VAE,
     # parts of a batch as large as at 128 pixels, and as much KL per pixel: the KL is a sum, the MSE a mean

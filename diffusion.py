@@ -161,7 +161,8 @@ def sampling_grid(process, num_steps):
 
 @torch.no_grad()
 def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_samples=4, *, process=None, sampler=None,
-           eta=0.0, guidance_scale=1.0, negative_prompt="", guidance_interval=(0.0, 1.0), size=None, seeds=None):  # fmt: skip
+           eta=0.0, guidance_scale=1.0, negative_prompt="", guidance_interval=(0.0, 1.0),
+           guidance_rescale=0.0, size=None, seeds=None):  # fmt: skip
     """Pictures of a prompt -> (num_samples, 3, H, W) in [0, 1]. ValueError if the arguments do not go together.
 
     prompt: one string for all samples, or a list of num_samples strings.
@@ -169,7 +170,8 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     sampler: one of SAMPLERS_FOR the prediction type; by default the first. eta: of ddim alone, in [0, 1].
     guidance_scale w: the prediction becomes uncond + w (cond - uncond); 1 is no guidance. Any other needs a U-Net trained
     with caption_dropout. negative_prompt: the caption of uncond, by default the empty one. guidance_interval: the part of
-    the schedule to guide in, from 0 (clean) to 1 (first step).
+    the schedule to guide in, from 0 (clean) to 1 (first step). guidance_rescale: how far the guided x0 gets back the
+    standard deviation of the unguided one, 0 (not) to 1 (all of it): guidance makes pictures too colourful.
     size: (height, width) in pixels; by default as in training.
     seeds: one integer per sample; but for rounding its picture then depends on neither the batch nor the device. Without
     seeds PyTorch's global generator draws.
@@ -185,7 +187,7 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     run = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
 
     t, a, b = sampling_grid(process, num_steps)
-    guidance = (guidance_scale, negative_prompt, guidance_interval)
+    guidance = (guidance_scale, negative_prompt, guidance_interval, guidance_rescale)
     denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance)
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
     z = run(denoise, draw_noise(), a, b, draw_noise)
@@ -194,7 +196,7 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
 
 
 def guided_denoiser(
-    unet, t_embedder, text_encoder, prompts, process, t, scale=1.0, negative_prompt="", interval=(0.0, 1.0)
+    unet, t_embedder, text_encoder, prompts, process, t, scale=1.0, negative_prompt="", interval=(0.0, 1.0), rescale=0.0
 ):
     """-> denoise(z, i) -> (x0, eps) at time t[i]. The text is encoded once, here. For the arguments see sample()."""
     low, high = interval
@@ -216,22 +218,30 @@ def guided_denoiser(
     predict = record_cuda_graph(unet, device) if n >= RECORD_FROM else unet
 
     def denoise(z, i):
-        out = guide(predict, z, t_embs[i], cond, uncond, scales[i]).to(z.dtype)
-        return to_x0_eps(process.prediction_type, out, z, a[i], b[i])
+        out, out_cond = (o.to(z.dtype) for o in guide(predict, z, t_embs[i], cond, uncond, scales[i]))
+        x0, eps = to_x0_eps(process.prediction_type, out, z, a[i], b[i])
+        if rescale and scales[i] != 1:
+            x0_cond, _ = to_x0_eps(process.prediction_type, out_cond, z, a[i], b[i])
+            ratio = x0_cond.std(dim=(1, 2, 3), keepdim=True) / x0.std(dim=(1, 2, 3), keepdim=True)
+            x0 = x0 * (1 + rescale * (ratio - 1))  # Lin et al., section 3.4, there of the prediction
+            eps = (z - a[i] * x0) / b[i]
+        return x0, eps
 
     return denoise
 
 
 def guide(unet, z, t_emb, cond, uncond, w):
-    """Classifier-free guidance (Ho & Salimans, Eq. 6, whose w is ours less 1) -> prediction: shape of z.
+    """Classifier-free guidance (Ho & Salimans, Eq. 6, whose w is ours less 1) -> the guided prediction and the one for
+    the caption alone: shape of z each.
 
     z: (B, C, h, w), t_emb: (time_dim,), cond, uncond: (B, L, text_dim). w = 1 is no guidance, and half the work.
     """
     if w == 1:
-        return unet(z, t_emb.expand(len(z), -1), cond)
+        out = unet(z, t_emb.expand(len(z), -1), cond)
+        return out, out
     out = unet(torch.cat([z, z]), t_emb.expand(2 * len(z), -1), torch.cat([cond, uncond]))
     out_cond, out_uncond = out.chunk(2)
-    return out_uncond + w * (out_cond - out_uncond)
+    return out_uncond + w * (out_cond - out_uncond), out_cond
 
 
 def latent_shape(unet, vae, size=None):

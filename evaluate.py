@@ -19,8 +19,8 @@ evaluation_ema...) to the run directory:
                accuracy on real scenes is the most that is possible
   composition  the same for combinations of the three that training never showed (--held_out_combinations)
 What it is not: the run is neither trained nor changed, and the distances are no FID: their features are those of the
-judges in support/judges.py. They compare runs on the same pictures, at the same number of pictures. --fid_and_clip gives
-FID.
+judges in support/judges.py. They compare runs on the same pictures, at the same number of pictures. --fid and
+--clip_score give the measures of published papers.
 """
 
 import json
@@ -35,9 +35,9 @@ import data
 import metrics
 from diffusion import configured_process, held_out_losses, levels, sample
 from scenes import split_combinations
-from support import checkpoint, devices, errors, files, flags, judges, models, show
+from support import checkpoint, devices, errors, files, flags, judges, models, published, show
 from support.judges import ATTRIBUTES, paint_scenes, scenes_of
-from text_encoder import make_text_encoder
+from text_encoder import CLIP_NAME, make_text_encoder
 from training import seed_step
 from vae import held_out_figures, pictures_per_pass, reparameterize
 
@@ -61,7 +61,11 @@ def main():
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
-    library = load_library(device) if args.fid_and_clip else None  # first, because it may not be there
+    measures = {}  # loaded now, because what they need may not be there
+    if args.fid is not None:
+        measures["fid"] = published.load_fid(args.fid, device)
+    if args.clip_score is not None:
+        measures["clip_score"] = published.load_clip_score(args.clip_score, device)
 
     # ---- Data ----
     train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
@@ -80,6 +84,8 @@ def main():
         decode = partial(through_vae, run)
         judge, words, why = judges.word_judge(train, train_captions, encoder.split, decode, key, cfg.cache_dir, device)
         real, prompts = held_out, caption_prompts(captions, args.num_prompts)
+    if args.fid is not None and len(real) < 2:
+        raise errors.UserError("--fid: one held-out picture has no variance; leave the flag out")
 
     # ---- VAE and denoiser ----
     results = {"run_dir": run_dir, "model": name, "ema": args.ema}
@@ -114,10 +120,20 @@ def main():
         results["composition"] = prompt_accuracy(judge, strange, real_strange, unseen, device)
     show.save_grid(f"{stem}_samples.png", pictures[:64].float() / 255, columns=8)
     files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
-    if library:  # last, because downloads may fail
-        results["library"] = library_metrics(*library, pictures, real, prompts, device)
+    failures = []
+    for name, measure in measures.items():  # last and each by itself: a failure loses nothing else
+        print(f"measure {name}", flush=True)  # minutes on a CPU
+        try:
+            figures = measure(pictures, real, prompts)
+            if not math.isfinite(figures["value"]):
+                raise ValueError("its network gives values that are not numbers")
+            results[name] = figures
+        except Exception as e:  # of many kinds
+            failures.append(f"--{name}: {str(e)[:300] or type(e).__name__}")
         files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
     print(table(results))
+    if failures:
+        raise errors.UserError(f"{'; '.join(failures)}; all other figures are in {stem}.json")
 
 
 def parse_args():
@@ -129,7 +145,10 @@ def parse_args():
     flags.add_sampling_flags(parser)
     add("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
     add("--data_root", help="where the pictures of the run are, if they have moved")
-    add("--fid_and_clip", action="store_true", help="FID and CLIP score too; needs torchmetrics")
+    weights = "FID too, by torch-fidelity; WEIGHTS: its file of Inception-v3 (default: it downloads it)"
+    add("--fid", nargs="?", const="", metavar="WEIGHTS", help=weights)
+    folder = f"CLIP score too; DIR: a CLIP model (default: {CLIP_NAME} from the hub)"
+    add("--clip_score", nargs="?", const=CLIP_NAME, metavar="DIR", help=folder)
     args = parser.parse_args()
     if args.num_prompts < 2:
         parser.error("--num_prompts: 1 is out of range; give 2 or more")
@@ -315,32 +334,6 @@ def prompt_accuracy(judge, pictures, real, combinations, device):
     return figures
 
 
-def load_library(device):
-    """torchmetrics' FID (Inception-v3) and CLIP score (CLIP ViT-L/14), written from their documentation: no weights could
-    be had to try them. UserError if they or their weights are not there."""
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.multimodal.clip_score import CLIPScore
-
-        return FrechetInceptionDistance().to(device), CLIPScore("openai/clip-vit-large-patch14").to(device)
-    except Exception as e:  # missing packages and failed downloads raise many kinds
-        remedy = "pip install torchmetrics torch-fidelity transformers, and see that their weights can be downloaded"
-        why = f"{type(e).__name__}: {str(e)[:200]}"
-        raise errors.UserError(f"--fid_and_clip: {why}; {remedy}; or leave it out") from None
-
-
-@torch.no_grad()
-def library_metrics(fid, clip, pictures, real, prompts, device):
-    """uint8 pictures of prompts, and as many real ones if there are -> {"fid", "clip_score", "pictures"}."""
-    for x in real[: len(pictures)].split(BATCH):
-        fid.update(x.to(device), real=True)
-    for i, x in enumerate(pictures.split(BATCH)):
-        fid.update(x.to(device), real=False)
-        clip.update(list(x.to(device)), prompts[i * BATCH : i * BATCH + len(x)])
-    counts = [len(pictures), min(len(real), len(pictures))]
-    return {"fid": fid.compute().item(), "clip_score": clip.compute().item(), "pictures": counts}
-
-
 ROWS = """\
 VAE, held-out MSE | {vae[mse]:.4f} | PSNR {vae[psnr_db]:.1f} dB
 latent std | {vae[latent_std]:.3f} | mean {vae[latent_mean]:+.3f}
@@ -361,8 +354,8 @@ nearest training picture, median | {memorisation[generated][median]:.4f} | real 
 nearer than 5 % of real ones | {memorisation[nearer]:.1%} | 5.0%
 prompts, * right | {prompts[generated][*]:.1%} | real {prompts[real][*]:.1%}
 composition, * right | {composition[generated][*]:.1%} | real {composition[real][*]:.1%}
-FID, n = {library[pictures][0]} and {library[pictures][1]} real | {library[fid]:.4g} | lower with more pictures
-CLIP score, n = {library[pictures][0]} | {library[clip_score]:.2f} |
+FID, n = {fid[pictures][0]} and {fid[pictures][1]} real | {fid[value]:.4g} | lower with more pictures
+CLIP score, n = {clip_score[pictures]} | {clip_score[value]:.2f} | with another's prompt {clip_score[shuffled]:.2f}
 """  # name, figure, what to compare it with; a row with * stands for four
 
 

@@ -112,6 +112,8 @@ def parameters(prompt, options, seed, image, model_name):
     settings += f", Eta: {options['eta']}" if options["eta"] else ""
     if options["guidance_scale"] != 1 and options["guidance_interval"] != (0, 1):
         settings += ", Guidance interval: {:g} to {:g}".format(*options["guidance_interval"])
+    if options["guidance_scale"] != 1 and options["guidance_rescale"]:
+        settings += f", Guidance rescale: {options['guidance_rescale']:g}"
     return f"{prompt}\n{negative}{settings}"
 
 

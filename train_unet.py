@@ -207,7 +207,7 @@ def warn_if_unheard(figures, cfg):
 def show_samples(models, process, autocast, cfg, run, epoch):
     """A row per prompt, from the same noise at every epoch."""
     prompts = [p for p in cfg.sample_prompts for _ in range(SAMPLES_PER_PROMPT)]
-    options = {"guidance_scale": cfg.guidance_scale, "guidance_interval": cfg.guidance_interval}
+    options = {name: getattr(cfg, name) for name in ("guidance_scale", "guidance_interval", "guidance_rescale")}
     steps, seeds = cfg.sample_steps or cfg.timesteps, list(range(len(prompts)))
     with autocast():
         images = diffusion.sample(*models, prompts, steps, len(prompts), process=process, seeds=seeds, **options)

@@ -17,8 +17,9 @@ VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
     "lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
 )
 PRESET_HELP = (
-    "coco (the recipe), best (the recipe with what has won since), coco64, coco256, coco512 (coco at other sizes) or demo "
-    "(embedded data, minutes on a CPU); default: coco if its captions are there, else demo"
+    "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
+    "coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); default: coco if its captions are "
+    "there, else demo"
 )
 
 
@@ -139,6 +140,11 @@ def add_sampling_flags(parser):
     add("--guidance_scale", type=float, help="how much the prompt is exaggerated; 1 = not (default: the run's)")
     interval = "part of the schedule to guide in: 0 is clean, 1 pure noise (default: the run's)"
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    add(
+        "--guidance_rescale",
+        type=float,
+        help="0 to 1: how much of the guided contrast is taken back (default: the run's)",
+    )
     add("--negative_prompt", default="", help="what guidance leads away from (default: the empty caption)")
 
 
@@ -147,6 +153,7 @@ def sampling_options(args, cfg):
     steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
     scale = cfg.guidance_scale if args.guidance_scale is None else args.guidance_scale
     low, high = args.guidance_interval or cfg.guidance_interval
+    rescale = cfg.guidance_rescale if args.guidance_rescale is None else args.guidance_rescale
     ddim = "leave it out" if flow else "give --sampler ddim, or leave it out"
     try:
         check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
@@ -155,6 +162,7 @@ def sampling_options(args, cfg):
         check(abs(scale) <= LARGEST, "guidance_scale", f"{scale} is out of range; give a number")
         rising = 0 <= low <= high <= 1
         check(rising, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1")
+        check(0 <= rescale <= 1, "guidance_rescale", f"{rescale} is out of range; give 0 to 1")
         acts = scale != 1 or not args.negative_prompt
         check(acts, "negative_prompt", "acts by guidance alone; give a --guidance_scale above 1")
         sampler = choose_sampler(cfg.prediction_type, args.sampler)
@@ -174,4 +182,5 @@ def sampling_options(args, cfg):
         "guidance_scale": scale,
         "negative_prompt": args.negative_prompt,
         "guidance_interval": (low, high),
+        "guidance_rescale": rescale,
     }

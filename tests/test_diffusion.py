@@ -265,6 +265,26 @@ def test_guidance_acts_within_its_interval_alone(interval, sizes):
     assert unet.asked == sizes
 
 
+class ScalingUNet(CountingUNet):
+    """The more the caption says, the more it leaves of z: so guidance changes the spread of x0."""
+
+    def forward(self, z, t_emb, text_emb):
+        return (0.2 * text_emb.view(-1, 1, 1, 1) + 0.1) * z
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5, 1.0])
+def test_rescaled_guidance_has_the_spread_of_the_unguided_x0(rescale):
+    z = torch.randn(2, 1, 4, 4)
+    plain, guided, found = (
+        denoiser(ScalingUNet(), scale=w, rescale=r)[0](z, 1) for w, r in ((1.0, 0.0), (4.0, 0.0), (4.0, rescale))
+    )
+    spread = [x0.std(dim=(1, 2, 3)) for x0, _ in (plain, guided, found)]
+    assert (spread[1] - spread[0]).abs().min() > 0.1
+    torch.testing.assert_close(spread[2], spread[1] + rescale * (spread[0] - spread[1]))
+    a, b = (c[1].item() for c in sampling_grid(make_process(), 4)[1:])
+    torch.testing.assert_close((a * found[0] + b * found[1]).float(), z)  # still the same point z = a x0 + b eps
+
+
 @pytest.mark.parametrize("wrong, word", [
     ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"), ({"guidance_interval": (0, 2)}, "guidance_interval"),
     ({"negative_prompt": "blurry"}, "guidance_scale"), ({"eta": 0.5}, "eta"), ({"sampler": "ddim", "eta": 2}, "eta"),

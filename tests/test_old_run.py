@@ -69,8 +69,9 @@ def test_it_is_resumed_to_its_end(old, run_here):
     assert [row["step"] for row in rows(old / "run/unet_train.csv")] == ["4", "8"]
     manifest = json.loads((old / "run/unet_set2.json").read_text())
     assert manifest["finished"] and not list(old.glob("run/*_step*"))
-    held_out = rows(old / "run/unet_held_out.csv")
+    held_out = rows(old / "run/unet_held_out.csv")  # has more columns now, which the older row leaves empty
     assert [row["epoch"] for row in held_out] == ["1", "2"]
+    assert held_out[0]["other_caption"] == "" and held_out[1]["other_caption"]
     if manifest["machine"] == then:
         assert [row["loss"] for row in held_out] == HELD_OUT
         assert {name: hashlib.sha256((old / "run" / name).read_bytes()).hexdigest() for name in UNBROKEN} == UNBROKEN
