@@ -311,7 +311,7 @@ def test_evaluate_measures_and_leaves_the_run_alone(tiny_run, tmp_path, run_here
     assert figures["denoising"]["wiener"]["bound"] < figures["denoising"]["white"]["bound"]
     assert figures["sampling"] == {
         "num_steps": 5, "sampler": "ddpm", "eta": 0.0, "guidance_scale": 1.0, "negative_prompt": "",
-        "guidance_interval": [0.0, 1.0], "pictures": 4}  # fmt: skip
+        "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "pictures": 4}  # fmt: skip
     assert figures["prompts"]["real"]["all"] > 0.1 and 0 <= figures["prompts"]["generated"]["all"] <= 1
     assert "composition" not in figures and len(list(finite_numbers(figures))) > 70
     after = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
