@@ -115,6 +115,20 @@ def test_replays_give_what_the_function_gives_for_every_shape_in_any_order(fake_
     assert all(torch.equal(loss, then) for loss, then in earlier)  # no replay writes over what was returned before
 
 
+def test_a_function_that_returns_nothing_can_be_recorded(fake_cuda):
+    """As an optimizer's update: what it does is what counts. Numbers among the arguments are compared by value."""
+    total = torch.zeros(2)
+
+    def add(times, x):
+        total.add_(times * x)
+
+    replayed, calls, _ = fake_cuda(add, [])
+    assert [replayed(1, torch.ones(2)) for _ in range(6)] == [None] * 6
+    before = total.clone()
+    assert replayed(3, torch.ones(2)) is None  # another number: another function
+    assert torch.equal(total, before + 3) and calls.count("recorded") == 1
+
+
 def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning_that_says_why(fake_cuda, capsys):
     w, gradients = quadratic()
     gradients.fails = True
