@@ -224,7 +224,7 @@ PHOTOGRAPHS = {  # a caption says little about a photograph, and most of it at t
     "flow_time_mean": 0.5,
     "guidance_scale": 2.2,
     "guidance_interval": (0.3, 1.0),
-    "guidance_rescale": 0.3,
+    "guidance_rescale": 0.5,
     "optimizer": "muon",
     "lr_warmup_steps": 100,
 }

@@ -16,7 +16,7 @@ WARM_UP = 3  # calls before the recording: libraries and torch.compile choose th
 def record_cuda_graph(function, device, parameters=()):
     """-> the same function; on CUDA, from its fourth call with arguments of the same shapes on, a replay of its kernels.
 
-    function(*arguments) -> a tensor or a tuple of them; arguments that are no tensors are compared by value. It must do
+    function(*arguments) -> a tensor, a tuple of them or nothing; arguments that are no tensors are compared by value. It must do
     the same at every call: draw nothing at random, read nothing back from the GPU, take from outside nothing but weights,
     which must stay where they are in memory. All calls are under one autocast and one grad mode. parameters: those whose
     .grad it leaves behind. What cannot be recorded runs as it is, after a warning.
@@ -58,10 +58,16 @@ def record(function, arguments, parameters, pool):
         graph.replay()
         for p, gradient in zip(parameters, gradients):  # a call with other shapes may have left its own
             p.grad = gradient
-        # clones, for the next replay overwrites what this one leaves
-        return outputs.clone() if isinstance(outputs, torch.Tensor) else tuple(output.clone() for output in outputs)
+        return copies(outputs)  # the next replay overwrites what this one leaves
 
     return replay
+
+
+def copies(outputs):
+    """Of a tensor, a tuple of them, or nothing."""
+    if outputs is None or isinstance(outputs, torch.Tensor):
+        return outputs if outputs is None else outputs.clone()
+    return tuple(output.clone() for output in outputs)
 
 
 def tensors_of(arguments):

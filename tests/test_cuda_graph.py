@@ -28,7 +28,7 @@ class FakeGraph:
 
     def results(self):
         output = self.function(*self.inputs)
-        return [output, *(p.grad for p in self.parameters)]
+        return [there for there in (output, *(p.grad for p in self.parameters)) if there is not None]
 
 
 class FakeGenerator:
@@ -75,7 +75,7 @@ def fake_cuda(monkeypatch):
             calls.append("recorded" if graph else "run")
             if graph:
                 graph.function, graph.inputs, graph.parameters = function, tensors, parameters
-                graph.memory = [output, *(p.grad for p in parameters)]
+                graph.memory = [there for there in (output, *(p.grad for p in parameters)) if there is not None]
                 if getattr(function, "fails", False):
                     raise RuntimeError("operation not permitted when stream is capturing\nmore")
             return output
@@ -113,6 +113,22 @@ def test_replays_give_what_the_function_gives_for_every_shape_in_any_order(fake_
     )  # a recording per shape, after the warm-up
     assert len(set(cuda["pools"])) == 1
     assert all(torch.equal(loss, then) for loss, then in earlier)  # no replay writes over what was returned before
+
+
+def test_a_function_that_returns_nothing_can_be_recorded(fake_cuda):
+    """As an optimizer's update: what it does is what counts. Numbers among the arguments are compared by value."""
+    total = torch.zeros(2)
+
+    def add(times, x):
+        total.add_(times * x)
+
+    replayed, calls, _ = fake_cuda(add, [])
+    assert [replayed(1, torch.ones(2)) for _ in range(WARM_UP + 1)] == [None] * (WARM_UP + 1)
+    before = total.clone()
+    replayed(1, torch.full((2,), 5.0))
+    assert torch.equal(total, before + 5) and calls.count("recorded") == 1
+    replayed(3, torch.ones(2))  # another number: another function, which is not recorded yet
+    assert torch.equal(total, before + 8) and calls.count("recorded") == 1
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning_that_says_why(fake_cuda, capsys):

@@ -4,9 +4,9 @@
   python tests/gpu/photographs.py DATA OUT --small    the same with tiny nets and few steps, to see that it runs
 
 One VAE (preset best) serves all U-Nets. The U-Nets train side by side, for equal steps: `best`, the recipe on the same
-latents, and `best` as it was before the ladder was climbed on photographs. Each is then measured by evaluate.py, `best`
-also without guidance, and makes pictures of twelve prompts. Prints the seconds of each part and a table; OUT holds the
-runs, table.json and prompts.png: a row per prompt, four pictures of each run.
+latents, and `best` at twice its learning rate. Each is then measured by evaluate.py, `best` at several guidance scales, and
+makes pictures of twelve prompts. Prints the seconds of each part and a table; OUT holds the runs, table.json and
+prompts.png: a row per prompt, four pictures of each run.
 What it is not: a test. Nothing passes or fails.
 """
 
@@ -35,12 +35,19 @@ PROMPTS = [
     "a little girl in a pink dress",
     "a surfer on a wave",
 ]
-BEFORE = "--lr 1e-4 --lr_warmup_steps 0 --adam_beta2 0.999 --weight_decay 1e-4 --optimizer adam --flow_time_mean 0 "
-BEFORE += "--caption_dropout 0.1 --guidance_scale 2 --guidance_interval 0 0.7"
-RUNS = {  # run: (preset, flags of train_unet.py, evaluations: {name: flags of evaluate.py})
-    "best": ("best", "", {"best": "", "best, guidance 1": "--guidance_scale 1"}),
-    "recipe": ("coco", "", {"recipe": ""}),
-    "best before": ("best", BEFORE, {"best before": "", "best before, guidance 1": "--guidance_scale 1"}),
+RUNS = {
+    "best": ("best", ""),
+    "recipe": ("coco", ""),
+    "lr 2e-3": ("best", "--lr 2e-3"),
+}  # preset, flags of train_unet.py
+EVALUATIONS = {  # what is measured: (run, flags of evaluate.py)
+    "best": ("best", ""),
+    "best, guidance 1": ("best", "--guidance_scale 1"),
+    "best, guidance 1.6": ("best", "--guidance_scale 1.6 --guidance_rescale 0.3"),
+    "best, guidance 3": ("best", "--guidance_scale 3 --guidance_rescale 0.7"),
+    "recipe": ("recipe", ""),
+    "lr 2e-3": ("lr 2e-3", ""),
+    "lr 2e-3, guidance 1": ("lr 2e-3", "--guidance_scale 1"),
 }
 SMALL = "--image_size 32 --block_out_channels 8 16 --norm_num_groups 4 --unet_block_out_channels 16 32 --time_dim 64 "
 SMALL += "--unet_norm_num_groups 4"
@@ -55,7 +62,6 @@ def main():
     parser.add_argument("--vae_epochs", type=int, default=16)
     parser.add_argument("--unet_epochs", type=int, default=30)
     parser.add_argument("--num_prompts", type=int, default=500)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     args.data = str(Path(args.data).resolve())
@@ -65,59 +71,43 @@ def main():
     )
     common = common.split() + ["--cache_dir", str(args.out / "prepared"), *(SMALL.split() if args.small else [])]
 
-    first = args.out / args.runs[0].replace(" ", "_")
-    wait(
-        start(
-            args,
-            "vae",
-            "train_vae.py",
-            "--preset",
-            "best",
-            *common,
-            "--num_epochs",
-            args.vae_epochs,
-            "--run_dir",
-            first,
-        )
-    )
-    trainings = {}
-    for name in args.runs:
-        preset, flags, _ = RUNS[name]
-        run = args.out / name.replace(" ", "_")
-        run.mkdir(exist_ok=True)
-        for file in first.glob("vae_*") if run != first else ():
-            shutil.copy(file, run)
-        words = ["--preset", preset, *common, "--num_epochs", args.unet_epochs, "--run_dir", run, *flags.split()]
-        trainings[name] = start(args, name, "train_unet.py", *words)
-    wait(*trainings.values())
-    results = {}
-    for name in args.runs:  # one after the other: the first trains the judge of words, and keeps it
-        run = args.out / name.replace(" ", "_")
-        for title, flags in RUNS[name][2].items():
-            words = ["--run_dir", run, "--num_prompts", args.num_prompts, *flags.split()]
-            wait(start(args, title, "evaluate.py", *words))
-            results[title] = json.loads((run / "evaluation.json").read_text())
-            print(
-                title,
-                json.dumps({k: results[title].get(k) for k in ("words", "looks", "distances", "captions")}),
-                flush=True,
-            )
-        wait(
-            start(
-                args, f"{name} pictures", "sample.py", "--run_dir", run, "--prompt", *PROMPTS, "--out", run / "twelve"
-            )
-        )
+    wait(start(args, "vae", "train_vae.py", "--preset", "best", *common, "--num_epochs", args.vae_epochs))
+    trainings = []
+    for name, (preset, flags) in RUNS.items():
+        shutil.copytree(args.out / "vae", args.out / name)
+        words = ["--preset", preset, *common, "--num_epochs", args.unet_epochs, *flags.split()]
+        trainings.append(start(args, name, "train_unet.py", *words))
+    wait(*trainings)
+    prompts = ["--num_prompts", args.num_prompts]
+    wait(start(args, "best", "evaluate.py", *prompts))  # alone: it trains the judge of words, and keeps it
+    pictures = [
+        start(args, name, "sample.py", "--prompt", *PROMPTS, "--out", args.out / name / "twelve") for name in RUNS
+    ]
+    others = list(EVALUATIONS.items())[1:]
+    for title, (name, _) in others:
+        if title != name:
+            shutil.copytree(args.out / name, args.out / title, ignore=shutil.ignore_patterns("twelve", "*.log"))
+    wait(*pictures, *(start(args, title, "evaluate.py", *prompts, *flags.split()) for title, (_, flags) in others))
+    results = {title: json.loads((args.out / title / "evaluation.json").read_text()) for title in EVALUATIONS}
     (args.out / "table.json").write_text(json.dumps(results, indent=1))
+    for title, found in results.items():
+        print(title, json.dumps({k: found.get(k) for k in ("words", "looks", "distances", "captions")}))
     show_prompts(args)
     say("done")
 
 
 def start(args, what, script, *words):
-    """A script of the project in a process of its own, its output in OUT/<what>.log."""
-    say(f"{what}: {script} starts")
-    log = open(args.out / f"{what.replace(' ', '_')}.log", "w")
-    command = [sys.executable, "-u", str(ROOT / script), *map(str, words)]
-    return what, time.monotonic(), subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log.name
+    """A script of the project on the run OUT/<what>, in a process of its own; its output goes to a .log there."""
+    run = args.out / what
+    run.mkdir(exist_ok=True)
+    log = open(run / f"{script.removesuffix('.py')}.log", "w")
+    command = [sys.executable, "-u", str(ROOT / script), "--run_dir", str(run), *map(str, words)]
+    return (
+        f"{what}, {script}",
+        time.monotonic(),
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT),
+        log.name,
+    )
 
 
 def wait(*started):
@@ -133,7 +123,7 @@ def say(text):
 
 def show_prompts(args):
     """A row per prompt: four pictures of each run."""
-    names = [sorted((args.out / name.replace(" ", "_") / "twelve").glob("*_seed*.png")) for name in args.runs]
+    names = [sorted((args.out / name / "twelve").glob("*_seed*.png")) for name in RUNS]
     side = Image.open(names[0][0]).width
     sheet = Image.new("RGB", (len(names) * 4 * side, len(PROMPTS) * side))
     for column, files in enumerate(names):
