@@ -37,7 +37,7 @@ from diffusion import configured_process, held_out_losses, levels, sample
 from scenes import split_combinations
 from support import checkpoint, devices, errors, files, flags, judges, models, published, show
 from support.judges import ATTRIBUTES, paint_scenes, scenes_of
-from text_encoder import CLIP_NAME, make_text_encoder
+from text_encoder import CLIP_NAME
 from training import seed_step
 from vae import held_out_figures, pictures_per_pass, reparameterize
 
@@ -56,8 +56,7 @@ def main():
     args = parse_args()
     run_dir, device = args.run_dir or models.newest_run(), devices.pick_device()
     cfg, name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device)
-    encoder = make_text_encoder(args.text_encoder or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
-    models.check_text_encoder(run_dir, encoder.to(device).eval())
+    encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device)
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
@@ -120,17 +119,8 @@ def main():
         results["composition"] = prompt_accuracy(judge, strange, real_strange, unseen, device)
     show.save_grid(f"{stem}_samples.png", pictures[:64].float() / 255, columns=8)
     files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
-    failures = []
-    for name, measure in measures.items():  # last and each by itself: a failure loses nothing else
-        print(f"measure {name}", flush=True)  # minutes on a CPU
-        try:
-            figures = measure(pictures, real, prompts)
-            if not math.isfinite(figures["value"]):
-                raise ValueError("its network gives values that are not numbers")
-            results[name] = figures
-        except Exception as e:  # of many kinds
-            failures.append(f"--{name}: {str(e)[:300] or type(e).__name__}")
-        files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
+    failures = measure_by_others(measures, results, pictures, real, prompts)
+    files.write_file(f"{stem}.json", json.dumps(results, indent=1).encode())
     print(table(results))
     if failures:
         raise errors.UserError(f"{'; '.join(failures)}; all other figures are in {stem}.json")
@@ -227,6 +217,21 @@ def caption_prompts(captions, count):
 
 
 # ---- Measures -------------------------------------------------------------------------------------------
+
+
+def measure_by_others(measures, results, pictures, real, prompts):
+    """Adds FID and CLIP score to the results -> [what failed and why]. Last and each by itself: nothing else is lost."""
+    failures = []
+    for name, measure in measures.items():
+        print(f"measure {name}", flush=True)  # minutes on a CPU
+        try:
+            figures = measure(pictures, real, prompts)
+            if not math.isfinite(figures["value"]):
+                raise ValueError("its network gives values that are not numbers")
+            results[name] = figures
+        except Exception as e:  # of many kinds
+            failures.append(f"--{name}: {str(e)[:300] or type(e).__name__}")
+    return failures
 
 
 def loss_over_bounds(t, loss, latents, cfg):

@@ -24,7 +24,6 @@ from config import MAX_SEED
 from diffusion import configured_process, latent_shape, sample
 from scenes import unknown_words
 from support import devices, errors, files, flags, models, show
-from text_encoder import make_text_encoder
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
 
@@ -43,8 +42,7 @@ def main():
     cfg, model_name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device, args.vae)
     model_name += f", VAE: {quoted(errors.printable(args.vae))}" if args.vae else ""
     options = flags.sampling_options(args, cfg)
-    encoder = make_text_encoder(args.text_encoder or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
-    models.check_text_encoder(run_dir, encoder.to(device).eval())
+    encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device)
     words = ", ".join(unknown_words(" ".join([*args.prompt, args.negative_prompt])))[:100]
     if cfg.dataset == "scenes" and words:
         print(f"warning: no painted scene has {words!r}; python scenes.py --words lists all words", file=sys.stderr)

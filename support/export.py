@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 import text_encoder
 from support import checkpoint, errors, files, models, show
-from text_encoder import CLIP_NAME, CLIP_REVISION, ClipTextEncoder, make_text_encoder
+from text_encoder import CLIP_NAME, CLIP_REVISION, ClipTextEncoder
 
 DIFFUSERS = "0.35.0"  # whose format this is; below 0.9 the pipeline would overrule the size of the latents
 MODEL_INDEX = {
@@ -44,8 +44,7 @@ def export_run(folder, run_dir, ema=False, source=None):
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise errors.UserError(f"--export {folder}: is there already, and not an empty folder; give another name")
     cfg, name, vae, unet, t_embedder = models.load_models(run_dir, ema, torch.device("cpu"))
-    encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
-    models.check_text_encoder(run_dir, encoder)
+    encoder = models.load_text_encoder(run_dir, cfg, source, torch.device("cpu"))
     with_clip = isinstance(encoder, ClipTextEncoder)
     pipeline = with_clip and cfg.prediction_type != "flow"  # StableDiffusionPipeline cannot sample flow
     unet_weights = checkpoint.plain_weights(unet)

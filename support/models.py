@@ -12,6 +12,7 @@ from config import PRESETS
 from support.checkpoint import load_weights, manifest_path, most_bytes, newest_epoch_set, num_bytes, sets_of
 from support.errors import UserError
 from support.files import Damaged
+from text_encoder import make_text_encoder
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
 
@@ -83,12 +84,17 @@ def load_other_decoder(vae_dir, cfg, own, device, run_dir):
     return vae
 
 
-def check_text_encoder(run_dir, text_encoder):
-    """UserError if the newest U-Net was trained with other weights of the text encoder."""
+def load_text_encoder(run_dir, cfg, source, device):
+    """The text encoder that the run was trained with; OSError or UserError if it cannot be had or is another.
+
+    source: "clip" or a directory, if it is no longer where training found it, else None.
+    """
+    encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
     tag, manifest = newest_epoch_set(run_dir, "unet")
-    if manifest.get("text") not in (None, text_encoder.key()):
+    if manifest.get("text") not in (None, encoder.key()):
         path = manifest_path(run_dir, "unet", tag)
         raise UserError(f"--text_encoder: not the weights that {path} was trained with; give the same ones")
+    return encoder.to(device).eval()
 
 
 def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):

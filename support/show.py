@@ -50,19 +50,29 @@ class Progress:
 
 def append_csv(path, row):
     """Append one row (a dict) to a CSV file, with a header if it is new. Columns that older rows lack stay empty there."""
-    before = csv_rows(path) if os.path.exists(path) else []
-    whole = not before or list(before[0]) != list(row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row, restval="", extrasaction="ignore")
-    if whole:
-        writer.writeheader()
-        writer.writerows(before)
-    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+    if os.path.exists(path) and csv_header(path) != list(row):
+        write_file(path, csv_text(row, csv_rows(path)).encode())
+    text = csv_text(row, [row], header=not os.path.exists(path))
     try:
-        with open(path, "w" if whole else "a", newline="", encoding="utf-8") as f:
-            f.write(text.getvalue())
+        with open(path, "a", newline="", encoding="utf-8") as f:
+            f.write(text)
     except OSError as e:  # a full disk does not say of which file
         raise OSError(e.errno, e.strerror, path) from None
+
+
+def csv_text(columns, rows, header=True):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def csv_header(path):
+    with open(path, newline="", encoding="utf-8") as f:
+        return next(csv.reader(f), [])
 
 
 def csv_rows(path):

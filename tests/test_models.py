@@ -12,7 +12,7 @@ from conftest import SAMPLE, TINY, TRAIN, assert_one_line_error, flags, forge, p
 from config import PRESETS, SDConfig
 from diffusion import baab, sample
 from support.errors import UserError
-from support.models import check_text_encoder, load_models, load_vae, newest_run
+from support.models import load_models, load_text_encoder, load_vae, newest_run
 from text_encoder import WordHashTextEncoder
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
@@ -153,7 +153,9 @@ def test_other_held_out_combinations_than_the_vaes_are_warned_of(tiny_run, tmp_p
 
 
 def test_another_text_encoder_than_the_trained_one_is_refused(copy, run_here):
-    check_text_encoder(str(copy / "run"), WordHashTextEncoder(512, 12))
+    cfg = SDConfig(**TINY)
+    encoder = load_text_encoder(str(copy / "run"), cfg, None, torch.device("cpu"))
+    assert isinstance(encoder, WordHashTextEncoder) and encoder.max_length == 12
     path = copy / "run/unet_set2.json"
     manifest = json.loads(path.read_text())
     assert manifest["text"] == {"hash": 1, "dim": 512, "max_length": 12}
