@@ -63,7 +63,7 @@ class SDConfig:
     time_dim: int = setting(512, "width of the time embedding: 4 x the first U-Net channels", 8)
 
     # text
-    text_encoder: str = setting("clip", "clip (downloaded), hash (embedded), or a directory with a CLIP text model")
+    text_encoder: str = setting("clip", "clip (downloaded), hash (built in), or a directory with a CLIP text model")
     text_dim: int = setting(512, "width of a token's embedding", 1)
     text_length: int = setting(77, "tokens per caption, longer ones are cut; CLIP takes 77 and no other", 1)
 

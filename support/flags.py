@@ -18,7 +18,7 @@ VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
 )
 PRESET_HELP = (
     "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
-    "coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); default: coco if its captions are "
+    "coco256, coco512 (coco at other sizes) or demo (built-in data, minutes on a CPU); default: coco if its captions are "
     "there, else demo"
 )
 
