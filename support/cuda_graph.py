@@ -47,7 +47,10 @@ def record(function, arguments, parameters, pool):
         with torch.cuda.graph(graph, pool=pool):
             outputs = function(*own)
     except RuntimeError as e:
-        leave_recording(stream)
+        # back to the stream before the recording, with a generator that does not take part in it
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
         why = (str(e.__context__ or e).strip().splitlines() or [""])[0][:200]  # ending a failed recording fails too
         print(f"warning: no CUDA graph can be made here ({why}); each step takes longer", file=sys.stderr)
         return function
@@ -65,17 +68,10 @@ def record(function, arguments, parameters, pool):
 
 def copies(outputs):
     """Of a tensor, a tuple of them, or nothing."""
-    if outputs is None or isinstance(outputs, torch.Tensor):
-        return outputs if outputs is None else outputs.clone()
-    return tuple(output.clone() for output in outputs)
+    if isinstance(outputs, tuple):
+        return tuple(map(copies, outputs))
+    return None if outputs is None else outputs.clone()
 
 
 def tensors_of(arguments):
     return [a for a in arguments if isinstance(a, torch.Tensor)]
-
-
-def leave_recording(stream):
-    """After a recording that failed: back to the stream before it, with a generator that does not take part in it."""
-    torch.cuda.set_stream(stream)
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
