@@ -139,15 +139,16 @@ def file_sha256(path, size):
 def build(path, key, row_bytes, kept, rows, together):
     """Compute the rows that are not kept yet. Whatever stops it, the next build goes on with what it leaves."""
     count, size, last_save = key["count"], key["count"] * row_bytes, time.monotonic()
-    if kept.done:
-        print(f"{path}: going on after row {kept.done}")
-    else:
-        remove(f"{path}.json", path)  # not cut to nothing: another process may have mapped it
-    with open(path, "ab", buffering=0) as f:
+    with disk_errors(path, size):
+        if kept.done:
+            print(f"{path}: going on after row {kept.done}")
+        else:
+            remove(f"{path}.json", path)  # not cut to nothing: another process may have mapped it
+        if shutil.disk_usage(os.path.dirname(path)).free < (count - kept.done) * row_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # say it now rather than hours later
+        f = open(path, "ab", buffering=0)
+    with f:
         f.truncate((kept.done - len(kept.bad)) * row_bytes)
-        with disk_errors(path, size):
-            if shutil.disk_usage(os.path.dirname(path)).free < (count - kept.done) * row_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # say it now rather than hours later
         computed = iter(rows(kept.done))
         try:
             while part := list(itertools.islice(computed, together)):
