@@ -1,7 +1,7 @@
 """Every setting, once: its name, default, unit and range; the rules between them; the presets.
 
-What it is not: a config framework. One frozen dataclass, one table of rules, two of presets, no torch. The defaults are the
-recipe (preset `coco`); a preset states only what differs. support/flags.py makes the command-line flags from the fields.
+What it is not: a config framework. One frozen dataclass, one table of rules, two of presets, no torch. The defaults are
+the recipe (preset `coco`); a preset states only what differs. support/flags.py makes the flags from the fields.
 """
 
 import math

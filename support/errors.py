@@ -32,7 +32,9 @@ def run_script(main):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-        leave_process_group()
+        if group := process_group():
+            group.barrier()  # rank 0 may still be writing
+            group.destroy_process_group()
     except UserError as e:
         fail(e)
     except BrokenPipeError:  # whoever read our output has gone
@@ -80,22 +82,14 @@ def make_output_safe():
             stream.reconfigure(errors="backslashreplace")
 
 
-def in_process_group():
-    """Whether torchrun has started this process among others."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def leave_process_group():
-    if in_process_group():
-        from torch import distributed
-
-        distributed.barrier()  # rank 0 may still be writing
-        distributed.destroy_process_group()
+def process_group():
+    """torch.distributed, where torchrun has started this process among others; else None."""
+    group = getattr(sys.modules.get("torch"), "distributed", None)
+    return group if group and group.is_available() and group.is_initialized() else None
 
 
 def usage_error(message):
-    """Exit with code 2 and one line, for flags that only the run can tell to be wrong."""
+    """Exit with code 2 and one line."""
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -105,7 +99,7 @@ def fail(message):
     if sys.stderr.isatty():
         print(file=sys.stderr)  # leave the line of a progress bar
     message = f"error: {printable(message)}"
-    if in_process_group():  # a plain exit would close the group, and may wait for ever for what a GPU has begun
+    if process_group():  # a plain exit would close the group, and may wait for ever for what a GPU has begun
         with contextlib.suppress(OSError, ValueError):
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()

@@ -13,8 +13,8 @@ from samplers import SAMPLERS, choose_sampler
 from support.errors import UserError, printable, usage_error
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
-    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs optimizer lr lr_schedule "
-    "lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
+    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs optimizer lr "
+    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
 )
 PRESET_HELP = (
     "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
@@ -24,7 +24,7 @@ PRESET_HELP = (
 
 
 SETTINGS = [f.name for f in fields(SDConfig)]
-GUIDANCE = "guidance_scale", "guidance_interval", "guidance_rescale"  # settings of a run that its samples may change
+GUIDANCE = "guidance_scale", "guidance_interval", "guidance_rescale"  # of a run; flags of sampling come before them
 
 
 class Parser(argparse.ArgumentParser):

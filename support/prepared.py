@@ -1,8 +1,9 @@
-"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Memory-mapped: they take no memory.
+"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Mapped: they take no memory.
 
-A file holds rows one after the other. The manifest beside it says what they are made of, how many are there, the SHA-256
-of these, and why some could not be had; of those the file holds nothing. It is saved every few seconds and at a stop, so a
-build goes on after the last rows that it names. Only rows whose SHA-256 is as it says are used, whole file or part.
+A file holds rows one after the other. The manifest beside it says what they are made of, how many there are, their
+SHA-256, and why some could not be had; of those the file holds nothing. While a file is built, the manifest is saved
+every few seconds and at a stop, and the next build goes on after the rows that it names. Rows are used only if their
+SHA-256 is as the manifest says, be the file whole or not.
 
 What it is not: it knows no pictures and no models. The key says what an array depends on; another key is another file,
 and a file that is not what its manifest says is made again, never used.
@@ -37,7 +38,7 @@ SECONDS_BETWEEN_SAVES = 10  # of a build's manifest: what a kill -9 or a power c
 
 
 class Rows(NamedTuple):
-    """What a file holds: the rows before number `done`, but for the `bad` ones, {number: why}; a hash object of the file."""
+    """What a file holds: the rows before number `done`, but for the bad ones, {number: why}. sha256: a hash object."""
 
     done: int
     bad: dict
@@ -79,7 +80,7 @@ def prepare(folder, name, key, row_shape, dtype, count, rows, together=1, still_
 
 
 def source_hash(*objects):
-    """SHA-256 of the source of functions, classes or modules, for a key: rows that older code has made are not used."""
+    """SHA-256 of the source of functions, classes or modules, for a key: rows of older code are not used."""
     return hashlib.sha256("".join(map(inspect.getsource, objects)).encode()).hexdigest()
 
 

@@ -49,7 +49,7 @@ class World(NamedTuple):
         return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
     def share(self, count):
-        """-> slice: the samples of a batch of `count` that this process computes; the first, where none is left for it."""
+        """-> slice: the samples of a batch of `count` that this process computes; the first, if none is left for it."""
         return slice(self.rank, count, self.size) if self.rank < count else slice(0, 1)
 
     def micro_batches(self, count, parts):
