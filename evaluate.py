@@ -273,17 +273,17 @@ def distances(judge, generated, real, device):
 def words_heard(judge, words, why, prompts, sets, split, device):
     """Mean AUC with which the judge reads the prompts' words off pictures of these prompts, real ones and generated.
 
-    words: [(column of the judge's logits, word)]; sets: {what: uint8 (N, 3, S, S)}. share: what generated pictures have
+    words: {word: column of the judge's logits}; sets: {what: uint8 (N, 3, S, S)}. share: what generated pictures have
     above 0.5, divided by what real ones through the VAE have. {"words": 0, "why": ...} where nothing can be measured.
     """
-    said = judges.label([[prompt] for prompt in prompts], [word for _, word in words], split) > 0  # (N, W)
+    said = judges.label([[prompt] for prompt in prompts], list(words), split) > 0  # (N, W)
     asked = [i for i, row in enumerate(said.T) if min(row.sum(), (~row).sum()) >= LEAST_PROMPTS]
     if not asked:
         return {
             "words": 0,
             "why": why or f"no word that the judge reads is in {LEAST_PROMPTS} of the prompts; ask more",
         }
-    columns, figures = [words[i][0] for i in asked], {"words": len(asked)}
+    columns, figures = torch.tensor([*words.values()])[asked], {"words": len(asked)}
     for kind, pixels in sets.items():
         scores = judges.read_words(judge, batches(pixels, device))[:, columns]
         figures[kind] = metrics.auc(scores, said[:, asked]).mean().item()
