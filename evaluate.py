@@ -60,11 +60,9 @@ def main():
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
-    measures = {}  # loaded now, because what they need may not be there
-    if args.fid is not None:
-        measures["fid"] = published.load_fid(args.fid, device)
-    if args.clip_score is not None:
-        measures["clip_score"] = published.load_clip_score(args.clip_score, device)
+    asked = {name: vars(args)[name] for name in published.LOAD if vars(args)[name] is not None}
+    # load them now, because what they need may not be there
+    measures = {name: published.LOAD[name](source, device) for name, source in asked.items()}
 
     # ---- Data ----
     train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
@@ -164,11 +162,8 @@ def encode(run, pixels):
 @torch.no_grad()
 def through_vae(run, pixels):
     """uint8 pictures (N, 3, S, S) -> the same as the VAE shows them, decoded from a draw of their latents."""
-    parts = []
-    for x in batches(pixels, run.device):
-        x_hat = run.vae.decoder(reparameterize(*run.vae.encode(x))).clamp(-1, 1)
-        parts.append(((x_hat + 1) * 127.5).round().byte().cpu())
-    return torch.cat(parts)
+    shown = (run.vae(x)[2].clamp(-1, 1) for x in batches(pixels, run.device))
+    return torch.cat([((x_hat + 1) * 127.5).round().byte().cpu() for x_hat in shown])
 
 
 def caption_losses(run, latents, captions):
@@ -279,10 +274,8 @@ def words_heard(judge, words, why, prompts, sets, split, device):
     said = judges.label([[prompt] for prompt in prompts], list(words), split) > 0  # (N, W)
     asked = [i for i, row in enumerate(said.T) if min(row.sum(), (~row).sum()) >= LEAST_PROMPTS]
     if not asked:
-        return {
-            "words": 0,
-            "why": why or f"no word that the judge reads is in {LEAST_PROMPTS} of the prompts; ask more",
-        }
+        too_few = f"no word that the judge reads is in {LEAST_PROMPTS} of the prompts; ask more"
+        return {"words": 0, "why": why or too_few}
     columns, figures = torch.tensor([*words.values()])[asked], {"words": len(asked)}
     for kind, pixels in sets.items():
         scores = judges.read_words(judge, batches(pixels, device))[:, columns]
@@ -309,14 +302,11 @@ def memorisation(generated, held_out, train, cfg, path):
     nearer: share of the generated pictures that are nearer than the nearest 5 % of the held-out ones, about 0.05 if
     nothing is memorised. path: PNG of the closest pairs, the generated picture on the left.
     """
-
-    def chunks():
-        for mirrored in (False, True) if cfg.horizontal_flips else (False,):
-            for x in train.split(1024):
-                yield metrics.shrink(x.flip(3) if mirrored else x, NEAREST_SIZE)
-
-    distance, number = metrics.nearest_rows(metrics.shrink(generated, NEAREST_SIZE), chunks())
-    usual, _ = metrics.nearest_rows(metrics.shrink(held_out, NEAREST_SIZE), chunks())
+    flips = (False, True) if cfg.horizontal_flips else (False,)
+    chunks = (metrics.shrink(x.flip(3) if flip else x, NEAREST_SIZE) for flip in flips for x in train.split(1024))
+    both = metrics.shrink(torch.cat([generated, held_out]), NEAREST_SIZE)
+    distance, number = metrics.nearest_rows(both, chunks)
+    distance, usual = distance.split([len(generated), len(held_out)])
     closest, n = distance.argsort()[:NEAREST_SHOWN], len(train)
     near = torch.stack([train[i] if i < n else train[i - n].flip(2) for i in number[closest].tolist()])
     show.save_grid(path, torch.stack([generated[closest], near], dim=1).flatten(0, 1).float() / 255, columns=4)

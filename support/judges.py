@@ -146,6 +146,7 @@ def label(captions, words, split):
 def train_word_judge(pixels, captions, words, split, decode, device):
     """-> WordJudge. Which words it reads is tried on every tenth picture, which it does not learn from."""
     labels = label(captions, words, split).to(device)
+    seed_step(SEED, 1)  # decode() draws, too
     count = max(1, min(len(pixels), SHOWN_PIXELS // pixels[0, 0].numel()))
     looked_at, shown = (small(x).to(device) for x in (pixels, decode(pixels[:count])))
     unseen = torch.arange(len(pixels)) % 10 == 9

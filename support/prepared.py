@@ -1,4 +1,4 @@
-"""Arrays that are computed once and kept, memory-mapped: decoded pictures, latents, embedded captions, judges of pictures.
+"""Arrays that are computed once and kept, memory-mapped: decoded pictures, latents, embedded captions, judges.
 
 Rows are appended to a .part file as they come, their checksums to a .log, so that a build that was stopped goes on after
 its last whole row. When all are there the file gets its name, and a manifest says what it was made of and its SHA-256.

@@ -64,7 +64,7 @@ def test_a_judge_is_trained_once_and_a_damaged_file_is_made_again(tmp_path):
 
     def train():
         made.append(judges.WordJudge(3))
-        made[-1](torch.randn(4, 3, 64, 64))  # numbers of every kind: statistics, a count of batches, words that it reads
+        made[-1](torch.randn(4, 3, 64, 64))  # its statistics, and a count of batches
         made[-1].readable[1] = True
         return made[-1]
 
