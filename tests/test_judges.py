@@ -131,6 +131,10 @@ def test_what_cannot_be_heard_is_said(captions, why, photographs, run_here, tmp_
     assert found["words"]["words"] == 0 and why in found["words"]["why"]
     assert found["distances"] == {}  # there is no judge to take features from
     assert "words heard" in result.stdout and why in result.stdout
+    assert (
+        found["captions"]["shuffled"] is None and "no two held-out captions differ" in result.stdout
+    )  # one is held out
+    assert found["memorisation"]["nearer"] is None and "nearer than" not in result.stdout
 
 
 def test_words_heard_are_of_words_that_enough_prompts_say(judge):
@@ -142,6 +146,9 @@ def test_words_heard_are_of_words_that_enough_prompts_say(judge):
     assert abs(figures["generated"] - 0.5) < 0.35  # pictures of other captions: nothing is heard but by chance
     few = evaluate.words_heard(judge, words, why, prompts[:4], sets, words_of, torch.device("cpu"))
     assert few["words"] == 0 and "prompts" in few["why"]
+    sets["real"] = pixels[:1].expand(40, -1, -1, -1)  # one held-out picture with several captions
+    one = evaluate.words_heard(judge, words, why, prompts, sets, words_of, torch.device("cpu"))
+    assert one["words"] == 0 and "alike" in one["why"]
 
 
 def test_scenes_have_a_classifier_that_is_kept(monkeypatch, tmp_path, tiny):
