@@ -60,9 +60,9 @@ def main():
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
-    asked = {name: vars(args)[name] for name in published.LOAD if vars(args)[name] is not None}
-    # load them now, because what they need may not be there
-    measures = {name: published.LOAD[name](source, device) for name, source in asked.items()}
+    # load the measures now, because what they need may not be there
+    sources = ("fid", published.load_fid, args.fid), ("clip_score", published.load_clip_score, args.clip_score)
+    measures = {name: load(source, device) for name, load, source in sources if source is not None}
 
     # ---- Data ----
     train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)

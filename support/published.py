@@ -91,6 +91,3 @@ def load_clip(source):
         return tokenize, CLIPImageProcessorPil.from_pretrained(source), model.eval()
     side = model.config.vision_config.image_size
     return tokenize, CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side), model.eval()
-
-
-LOAD = {"fid": load_fid, "clip_score": load_clip_score}
