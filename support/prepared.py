@@ -1,4 +1,4 @@
-"""Arrays that are computed once and kept, memory-mapped: decoded pictures, latents, embedded captions, judges.
+"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Memory-mapped: they take no memory.
 
 Rows are appended to a .part file as they come, their checksums to a .log, so that a build that was stopped goes on after
 its last whole row. When all are there the file gets its name, and a manifest says what it was made of and its SHA-256.
