@@ -1,7 +1,7 @@
 """Every setting, once: its name, default, unit and range; the rules between them; the presets.
 
-What it is not: a config framework. One frozen dataclass, one table of rules, two of presets, no torch. The defaults are the
-recipe (preset `coco`); a preset states only what differs. support/flags.py makes the command-line flags from the fields.
+What it is not: a config framework. One frozen dataclass, one table of rules, two of presets, no torch. The defaults are
+the recipe (preset `coco`); a preset states only what differs. support/flags.py makes the flags from the fields.
 """
 
 import math
@@ -26,9 +26,7 @@ def setting(default, text, low=None, high=None, *, choices=None, free=False):
 @dataclass(frozen=True)
 class SDConfig:
     # data
-    dataset: str = setting(
-        "coco", "coco, folder (your pictures), scenes (painted)", choices=("coco", "folder", "scenes")
-    )
+    dataset: str = setting("coco", "coco, your own folder, or painted scenes", choices=("coco", "folder", "scenes"))
     data_root: str = setting("data/coco", "folder of coco (train2017/, annotations/) or of your pictures", free=True)
     captions_json: str = setting("annotations/captions_train2017.json", "training captions of coco, within data_root")
     max_images: int = setting(40_000, "training pictures, chosen by a hash of their names", 1)
@@ -45,9 +43,7 @@ class SDConfig:
 
     # VAE
     latent_channels: int = setting(4, "channels of the latent", 1)
-    block_out_channels: tuple[int, ...] = setting(
-        (64, 128, 256, 256), "VAE channels, a level each; levels halve the size", 1
-    )
+    block_out_channels: tuple[int, ...] = setting((64, 128, 256, 256), "VAE channels by level; each halves the size", 1)
     layers_per_block: int = setting(2, "VAE resnets per level", 1)
     norm_num_groups: int = setting(32, "groups of the VAE's GroupNorms; divides its channels", 1)
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", 0)
@@ -63,7 +59,7 @@ class SDConfig:
     time_dim: int = setting(512, "width of the time embedding: 4 x the first U-Net channels", 8)
 
     # text
-    text_encoder: str = setting("clip", "clip (downloaded), hash (embedded), or a directory with a CLIP text model")
+    text_encoder: str = setting("clip", "clip (downloaded), hash (built in), or a directory with a CLIP text model")
     text_dim: int = setting(512, "width of a token's embedding", 1)
     text_length: int = setting(77, "tokens per caption, longer ones are cut; CLIP takes 77 and no other", 1)
 
@@ -73,17 +69,13 @@ class SDConfig:
     beta_end: float = setting(0.02, "noise variance added by the last step", 1e-9, 0.999)
     scale_betas: bool = setting(False, "betas x 1000 / T: little signal is left at the last step")
     prediction_type: str = setting("epsilon", "what the U-Net predicts", choices=("epsilon", "v_prediction", "flow"))
-    flow_time_mean: float = setting(
-        0.0, "flow: times are sigmoid(N(this, 1)); above 0 the noisy end is seen more", -3, 3
-    )
+    flow_time_mean: float = setting(0.0, "flow: times are sigmoid(N(this, 1)); above 0: more of the noisy end", -3, 3)
     caption_dropout: float = setting(0.0, "share of captions replaced by the empty one, which guidance needs", 0, 1)
 
     # sampling; flags of sample.py and evaluate.py come before these
     sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", 0, 100_000)
     guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", -LARGEST)
-    guidance_interval: tuple[float, ...] = setting(
-        (0.0, 1.0), "part of the schedule to guide in: 0 clean, 1 noise", 0, 1
-    )
+    guidance_interval: tuple[float, ...] = setting((0.0, 1.0), "times to guide in: 0 is clean, 1 pure noise", 0, 1)
     guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1)
 
     # training
@@ -103,9 +95,7 @@ class SDConfig:
     mixed_precision: str = setting("auto", "auto: bf16 where the processor has it", choices=("auto", "no", "bf16"))
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)
     save_minutes: float = setting(10.0, "minutes between saves within an epoch; 0 = after every step", 0, free=True)
-    sample_prompts: tuple[str, ...] = setting(
-        ("a dog on the grass", "a red sports car"), "prompts of each epoch's samples"
-    )
+    sample_prompts: tuple[str, ...] = setting(("a dog on the grass", "a red sports car"), "prompts shown at each epoch")
     seed: int = setting(0, "seed of everything that is random", 0, MAX_SEED)
 
     def __post_init__(self):
@@ -130,18 +120,11 @@ def rules(c):
     yield "beta_start", c.beta_start <= c.beta_end, "is above beta_end; noise must grow with t"
     yield "scale_betas", last_beta < 1, f"makes the last beta {last_beta:.3g}, at least 1; give more --timesteps"
     log_alpha_bar = (math.log1p(-c.beta_start) + math.log1p(-last_beta)) / 2 * c.timesteps
-    yield (
-        "beta_end",
-        flow or log_alpha_bar > -200,
-        "leaves no signal long before the last step; give less, or fewer --timesteps",
-    )
+    signal = flow or log_alpha_bar > -200
+    yield "beta_end", signal, "leaves no signal long before the last step; give less, or fewer --timesteps"
     yield "sample_steps", flow or c.sample_steps <= c.timesteps, f"above the T of training; give at most {c.timesteps}"
-    guides = c.guidance_scale != 1
-    yield (
-        "guidance_scale",
-        c.caption_dropout > 0 or not guides,
-        "needs a U-Net trained with --caption_dropout; give both",
-    )
+    guidable = c.caption_dropout > 0 or c.guidance_scale == 1
+    yield "guidance_scale", guidable, "needs a U-Net trained with --caption_dropout; give both"
     interval = c.guidance_interval
     rising = len(interval) == 2 and interval[0] <= interval[1]
     yield "guidance_interval", rising, f"{' '.join(map(str, interval))}: no interval; give two rising numbers in 0 to 1"
@@ -150,13 +133,6 @@ def rules(c):
     yield "time_dim", c.time_dim % 8 == 0, f"{c.time_dim} is not a multiple of 8; give one"
     width = 4 * c.unet_block_out_channels[0]
     yield "time_dim", c.time_dim == width, f"is not 4 x the first U-Net channels; give --time_dim {width}"
-    for name, divisor in (
-        ("block_out_channels", "norm_num_groups"),
-        ("unet_block_out_channels", "unet_norm_num_groups"),
-        ("unet_block_out_channels", "num_heads"),
-    ):
-        divided = all(channels % getattr(c, divisor) == 0 for channels in getattr(c, name))
-        yield name, divided, f"must be multiples of {divisor} ({getattr(c, divisor)}); change either"
     factor = 2 ** (len(c.block_out_channels) + len(c.unet_block_out_channels) - 2)
     halves = c.image_size % factor == 0
     yield "image_size", halves, f"{c.image_size} cannot be halved by every level; give a multiple of {factor}"
@@ -164,17 +140,18 @@ def rules(c):
     most, least = (3 * c.image_size, "sixteenth") if c.random_scale else (c.image_size, "quarter")
     yield "random_crop", c.random_crop <= most, f"leaves less than a {least} of a picture; give at most {most}"
     lowest = c.latent_size // 2 ** (len(c.unet_block_out_channels) - 1)
-    for side, channels, groups in (
-        (c.latent_size, c.block_out_channels[-2:], "norm_num_groups"),
-        (lowest, c.unet_block_out_channels[-2:], "unet_norm_num_groups"),
+    for name, divisor, side in (
+        ("block_out_channels", "norm_num_groups", c.latent_size),
+        ("unet_block_out_channels", "unet_norm_num_groups", lowest),
+        ("unet_block_out_channels", "num_heads", None),
     ):
-        varies = side > 1 or min(channels) > getattr(c, groups)
-        yield groups, varies, "leaves each GroupNorm one number, at 1 x 1; give fewer groups or a larger --image_size"
-    yield (
-        "ms_ssim_weight",
-        not c.ms_ssim_weight or c.image_size >= 11,
-        f"its window is 11 pixels wide, the pictures {c.image_size}; give 0",
-    )
+        channels, number = getattr(c, name), getattr(c, divisor)
+        divided = all(count % number == 0 for count in channels)
+        yield name, divided, f"must be multiples of {divisor} ({number}); change either"
+        varies = side != 1 or min(channels[-2:]) > number
+        yield divisor, varies, "leaves each GroupNorm one number, at 1 x 1; give fewer groups or a larger --image_size"
+    fits = c.image_size >= 11 or not c.ms_ssim_weight
+    yield "ms_ssim_weight", fits, f"its window is 11 pixels wide, the pictures {c.image_size}; give 0"
 
 
 def check(right, name, what):
@@ -186,8 +163,8 @@ def check_field(f, value):
     """Type, choices, finiteness and range of one field's value."""
     if value is None and f.default is None:
         return
-    low, choices = f.metadata["low"], f.metadata["choices"]
-    high = LARGEST if f.metadata["high"] is None else f.metadata["high"]
+    low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
+    high = LARGEST if high is None else high
     kind = tuple if isinstance(f.default, tuple) else kind_of(f)
     right_type = isinstance(value, (kind, int) if kind is float else kind)
     check(right_type, f.name, f"{value!r} is of the wrong type; give a {kind.__name__}")

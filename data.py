@@ -224,7 +224,7 @@ def read_captions(path):
     """COCO captions file -> {file name: [captions]}, Counter of what is odd in it. UserError if it is no such file."""
     if not exists(path):
         remedy = "python get_data.py download gets it, --data_root says where it is"
-        raise UserError(f"{path}: not there; {remedy}; or train with --preset demo, on the embedded data")
+        raise UserError(f"{path}: not there; {remedy}; or train with --preset demo, on the built-in data")
     remedy = "replace it, as python get_data.py download does with COCO's own"
     captions, names, odd, where = {}, {}, Counter(), "content"
     try:

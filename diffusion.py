@@ -1,16 +1,15 @@
 """The diffusion process: noise schedule, what the U-Net learns to predict, guidance, sample().
 
-What it is not: no network, no device picking, no files; the samplers' formulas are in samplers.py. These are functions on
-tensors, and a model is any callable. By default everything is the recipe's.
+What it is not: no network, no files; the samplers are in samplers.py. All defaults are the recipe's (preset coco).
 
-Everything here is z_t = a_t x0 + b_t eps. Latents are called z where the papers have x, and t grows with the noise.
-Diffusion counts t = 0 .. T - 1, with a = sqrt(alpha_bar_t) and b = sqrt(1 - alpha_bar_t). Flow matching takes any s in
-(0, 1], with a = 1 - s and b = s; its t = s T gives the time embedding the same range of numbers.
+Every process here is z_t = a_t x0 + b_t eps: x0 is a clean latent, z_t a noisy one (the papers' x_t), and t grows with
+the noise. Diffusion counts t = 0 .. T - 1, with a_t = sqrt(alpha_bar_t) and b_t = sqrt(1 - alpha_bar_t). Flow matching
+takes any s in (0, 1], with a = 1 - s and b = s; its t = s T gives the time embedding numbers of the same range.
 
 Papers:
   Ho et al. 2020, DDPM (arXiv 2006.11239): the recipe's process, loss and sampler
   Salimans & Ho 2022, Progressive Distillation (2202.00512), appendix D: v-prediction
-  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003), where t grows with the signal
+  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003), both with t = 1 - s
   Esser et al. 2024, Stable Diffusion 3 (2403.03206), section 3.1: logit-normal times
   Lin et al. 2023, Common Diffusion Noise Schedules ... are Flawed (2305.08891), section 3.3: trailing steps
   Ho & Salimans 2022, Classifier-Free Guidance (2207.12598)
@@ -28,7 +27,7 @@ from samplers import SAMPLERS, choose_sampler, ddim
 from support.cuda_graph import record_cuda_graph
 from vae import pictures_per_pass
 
-RECORD_FROM = 20  # steps from which recording a CUDA graph pays: it takes as long as about ten (estimated on an H200)
+RECORD_FROM = 20  # steps from which a CUDA graph saves time: recording takes as long as ~10 (estimated on an H200)
 
 
 # ---- What the U-Net learns ----
@@ -39,7 +38,7 @@ def baab(timesteps=200, beta_start=1e-4, beta_end=0.02, *, scale_betas=False, dt
 
     beta_t is the variance of the noise that step t adds, alpha_t = 1 - beta_t, and alpha_bar_t = alpha_0 ... alpha_t is
     the share of the signal's variance that is left after step t. Computed in double precision.
-    scale_betas: DDPM's betas are made for T = 1000; keep their sum whatever T is.
+    scale_betas: scale DDPM's betas, made for T = 1000, so that their sum stays the same whatever T is.
     """
     scale = 1000 / timesteps if scale_betas else 1.0
     beta = torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64)
@@ -88,7 +87,7 @@ def levels(process, t):
 def draw_times(count, cfg):
     """Times to train at -> (count,) on the CPU: integers in 0 .. T-1, or for flow floats in (0, T).
 
-    Flow takes s = sigmoid(N(flow_time_mean, 1)): 0 favours the middle (Esser et al., section 3.1), more the noisy end.
+    Flow takes s = sigmoid(N(m, 1)), m = flow_time_mean: 0 favours the middle, m > 0 noise (Esser et al., section 3.1).
     """
     if cfg.prediction_type == "flow":
         return cfg.timesteps * (torch.randn(count) + cfg.flow_time_mean).sigmoid()
@@ -96,7 +95,7 @@ def draw_times(count, cfg):
 
 
 def add_noise(process, x0, t, noise):
-    """What the U-Net sees and what it is to predict: x0, noise (B, ...), t (B,) on the CPU -> z_t, target: (B, ...) each."""
+    """The U-Net's input and its target: x0, noise (B, ...), t (B,) on the CPU -> z_t, target: (B, ...) each."""
     a, b = (c.to(x0, non_blocking=x0.is_cuda).view(-1, *[1] * (x0.dim() - 1)) for c in levels(process, t))
     target = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - b * x0, "flow": lambda: noise - x0}
     return a * x0 + b * noise, target[process.prediction_type]()
@@ -117,7 +116,7 @@ def prediction_loss(out, target):
 
 
 def drop_captions(rows, empty, share):
-    """Replace each caption by the empty one with probability `share`, to train for guidance (Ho & Salimans, Algorithm 1).
+    """Replace each caption by the empty one with probability `share`, as guidance needs (Ho & Salimans, Algorithm 1).
 
     rows: (B,) numbers of captions, empty: () the number of the empty one -> (B,).
     """
@@ -128,7 +127,7 @@ def drop_captions(rows, empty, share):
 def held_out_losses(unet, t_embedder, text_encoder, z, captions, process, batch_size):
     """Loss on latents not trained on, at times evenly spread over the schedule -> t, loss: (N,) each.
 
-    z: (N, C, h, w), captions: N strings. The training loss differs: it drops captions and may favour middle times.
+    z: (N, C, h, w), captions: N strings. The training loss differs: it drops captions and may favour some times.
     Noise comes from PyTorch's global generator: seed it to compare.
     """
     t = (torch.arange(len(z)) + 0.5) * process.timesteps / len(z)
@@ -146,9 +145,9 @@ def held_out_losses(unet, t_embedder, text_encoder, z, captions, process, batch_
 
 
 def sampling_grid(process, num_steps):
-    """-> t (n,), the times of n evenly spaced steps from the most noise down, and the samplers' tables a, b (n + 1,).
+    """-> t (n,): n evenly spaced times, noisiest first; a, b (n + 1,): those of levels(), then the clean latent's 1, 0.
 
-    The first is the last training step, whose noise level sampling starts from ("trailing", Lin et al., section 3.3).
+    t[0] is the noisiest time of training, as sampling starts from pure noise ("trailing", Lin et al., section 3.3).
     """
     flow, T = process.prediction_type == "flow", process.timesteps
     if num_steps < 1 or (num_steps > T and not flow):
@@ -167,14 +166,14 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
 
     prompt: one string for all samples, or a list of num_samples strings.
     process: what the U-Net was trained on, from configured_process(cfg); by default the recipe's.
-    sampler: one of SAMPLERS_FOR the prediction type; by default the first. eta: of ddim alone, in [0, 1].
-    guidance_scale w: the prediction becomes uncond + w (cond - uncond); 1 is no guidance. Any other needs a U-Net trained
-    with caption_dropout. negative_prompt: the caption of uncond, by default the empty one. guidance_interval: the part of
-    the schedule to guide in, from 0 (clean) to 1 (first step). guidance_rescale: how far the guided x0 gets back the
-    standard deviation of the unguided one, 0 (not) to 1 (all of it): guidance makes pictures too colourful.
+    sampler: one of SAMPLERS_FOR[prediction_type]; by default the first. eta: of ddim alone, in [0, 1].
+    guidance_scale w: the prediction becomes uncond + w (cond - uncond); 1 is no guidance. Any other needs a U-Net that
+    was trained with caption_dropout. negative_prompt: the caption of uncond, by default the empty one.
+    guidance_interval: the part of the schedule to guide in, from 0 (clean) to 1 (noise). guidance_rescale: guidance
+    raises the standard deviation of x0, which makes pictures too colourful; 0 leaves it, 1 takes all of the rise back.
     size: (height, width) in pixels; by default as in training.
-    seeds: one integer per sample; but for rounding its picture then depends on neither the batch nor the device. Without
-    seeds PyTorch's global generator draws.
+    seeds: one integer per sample; apart from rounding, its picture then depends on neither the batch nor the device.
+    Without seeds PyTorch's global generator draws.
     """
     device = next(unet.parameters()).device
     process = process or make_process()
@@ -184,13 +183,13 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     sampler = choose_sampler(process.prediction_type, sampler)
     if not 0 <= eta <= (sampler == "ddim"):
         raise ValueError(f"eta is from 0 to 1 with ddim, and 0 with any other sampler; it is {eta} with {sampler}")
-    run = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
+    run_sampler = partial(ddim, eta=eta) if sampler == "ddim" else SAMPLERS[sampler]
 
     t, a, b = sampling_grid(process, num_steps)
     guidance = (guidance_scale, negative_prompt, guidance_interval, guidance_rescale)
     denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance)
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
-    z = run(denoise, draw_noise(), a, b, draw_noise)
+    z = run_sampler(denoise, draw_noise(), a, b, draw_noise)
     del denoise  # frees what a CUDA graph keeps on the GPU
     return decode(vae, z)
 
@@ -213,7 +212,7 @@ def guided_denoiser(
         uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
     if autocast:  # cast once here, not in every layer at every step
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
-    scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # the times are evenly spaced
+    scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # t[i] is at (n - i) / n of the schedule
     a, b = (c.tolist() for c in levels(process, t))
     predict = record_cuda_graph(unet, device) if n >= RECORD_FROM else unet
 
@@ -223,7 +222,7 @@ def guided_denoiser(
         if rescale and scales[i] != 1:
             x0_cond, _ = to_x0_eps(process.prediction_type, out_cond, z, a[i], b[i])
             ratio = x0_cond.std(dim=(1, 2, 3), keepdim=True) / x0.std(dim=(1, 2, 3), keepdim=True)
-            x0 = x0 * (1 + rescale * (ratio - 1))  # Lin et al., section 3.4, there of the prediction
+            x0 = x0 * (1 + rescale * (ratio - 1))  # Lin et al., section 3.4, rescale the prediction instead
             eps = (z - a[i] * x0) / b[i]
         return x0, eps
 
@@ -231,8 +230,8 @@ def guided_denoiser(
 
 
 def guide(unet, z, t_emb, cond, uncond, w):
-    """Classifier-free guidance (Ho & Salimans, Eq. 6, whose w is ours less 1) -> the guided prediction and the one for
-    the caption alone: shape of z each.
+    """Classifier-free guidance (Ho & Salimans, Eq. 6, whose w is our w - 1) -> the guided prediction, and that for
+    cond alone: shape of z each.
 
     z: (B, C, h, w), t_emb: (time_dim,), cond, uncond: (B, L, text_dim). w = 1 is no guidance, and half the work.
     """
@@ -245,7 +244,7 @@ def guide(unet, z, t_emb, cond, uncond, w):
 
 
 def latent_shape(unet, vae, size=None):
-    """(C, h, w) of the latents of pictures of size (height, width), by default of those trained on."""
+    """(C, h, w) of the latents of pictures of size (height, width), by default as in training."""
     if size is None:
         return unet.latent_shape
     vae_factor, unet_factor = (2 ** (len(m.up_blocks) - 1) for m in (vae.decoder, unet))
@@ -266,7 +265,7 @@ def decode(vae, z):
 def noise_source(shape, num_samples, device, seeds=None):
     """-> draw(), which returns new Gaussian noise (num_samples, *shape) on `device` at each call.
 
-    With seeds each sample has its own generator, on the CPU: there alone numbers are the same on every machine.
+    With seeds each sample has its own generator, on the CPU: only there are numbers the same on all machines.
     """
     if seeds is None:
         return lambda: torch.randn(num_samples, *shape, device=device)

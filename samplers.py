@@ -1,26 +1,25 @@
-"""The samplers: each leads from noise to latents by the (x0, eps) that a model predicts.
+"""The samplers: each turns noise into latents, step by step, with the (x0, eps) that a model predicts.
 
 What it is not: no model, no guidance, no schedule; diffusion.py brings them. All have one interface:
 
   sampler(denoise, z, a, b, draw_noise) -> latents
 
-z: (B, ...) at level 0, the noisiest. a, b: (n + 1,) double, on the CPU: level t is z_t = a_t x0 + b_t eps, the last level
+z: (B, ...) at level 0, the noisiest. a, b: (n + 1,) double, on the CPU: at level i, z is a_i x0 + b_i eps; level n
 is clean, (1, 0). denoise(z, i) -> (x0, eps), predicted from z at level i. draw_noise() -> fresh noise of z's shape.
-A step leads from level t to level s.
+Step i leads from level t = i to level s = i + 1.
 
 Papers:
   Ho et al. 2020, DDPM (arXiv 2006.11239): ddpm
   Song et al. 2020, DDIM (2010.02502): ddim
   Lu et al. 2022, DPM-Solver++ (2211.01095): dpmpp_2m
-  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003): euler, heun (in their time
-  0 is noise, in ours data)
+  Lipman et al. 2022, Flow Matching (2210.02747); Liu et al. 2022, Rectified Flow (2209.03003): euler, heun; t = 1 - b
 """
 
 import math
 
 
 def steps(a, b):
-    """-> (i, a_t, b_t, a_s, b_s) for each step, as Python numbers: nothing in a sampler's loop waits for a GPU."""
+    """-> (i, a_t, b_t, a_s, b_s) for each step, as Python numbers, so that no sampler waits for a GPU."""
     a, b = a.tolist(), b.tolist()
     return zip(range(len(a) - 1), a, b, a[1:], b[1:])
 
@@ -28,7 +27,7 @@ def steps(a, b):
 def ddpm(denoise, z, a, b, draw_noise):
     """Ancestral sampling (DDPM, Algorithm 2 with its mean written as Eq. 7, sigma_t^2 = beta_t); needs a^2 + b^2 = 1.
 
-    If timesteps are skipped, a step is that of the shorter schedule, with alpha = (a_t / a_s)^2.
+    A step that skips timesteps is one of a shorter schedule, with alpha = (a_t / a_s)^2.
     """
     for i, a_t, b_t, a_s, b_s in steps(a, b):
         x0, _ = denoise(z, i)
@@ -40,7 +39,7 @@ def ddpm(denoise, z, a, b, draw_noise):
 
 
 def ddim(denoise, z, a, b, draw_noise=None, eta=0.0):
-    """DDIM (Song et al., Eq. 12, sigma by Eq. 16). eta 0 is deterministic, 1 as noisy as DDPM with its small variance."""
+    """DDIM (Song et al., Eq. 12, sigma by Eq. 16). eta 0 is deterministic, eta 1 is DDPM with the smaller sigma_t^2."""
     for i, a_t, b_t, a_s, b_s in steps(a, b):
         x0, eps = denoise(z, i)
         sigma = eta * b_s / b_t * math.sqrt(1 - (a_t / a_s) ** 2)
@@ -53,7 +52,7 @@ def ddim(denoise, z, a, b, draw_noise=None, eta=0.0):
 def dpmpp_2m(denoise, z, a, b, draw_noise=None):
     """DPM-Solver++(2M) (Lu et al., Algorithm 2): extrapolates x0 along lambda = log(a / b).
 
-    It does not in the first step, which has no x0 before it, nor in the last, which ends at lambda = infinity.
+    Not in the first step, which has no x0 before it, nor in the last, which ends at lambda = infinity.
     """
     lam = (a.log() - b.log()).tolist()
     x0_before, last = None, len(a) - 2
@@ -69,22 +68,22 @@ def dpmpp_2m(denoise, z, a, b, draw_noise=None):
 
 
 def euler(denoise, z, a, b, draw_noise=None):
-    """Euler's method on dz/ds = eps - x0, the flow from data to noise (Liu et al., section 2)."""
-    for i, _, s, _, s_next in steps(a, b):
+    """Euler's method on dz/db = eps - x0: in flow matching b is the time (Liu et al., section 2)."""
+    for i, _, b_t, _, b_s in steps(a, b):
         x0, eps = denoise(z, i)
-        z = z + (s_next - s) * (eps - x0)
+        z = z + (b_s - b_t) * (eps - x0)
     return z
 
 
 def heun(denoise, z, a, b, draw_noise=None):
-    """Heun's method on the same equation. It calls the model twice per step; in the last once, as s = 0 is not trained."""
-    for i, _, s, _, s_next in steps(a, b):
+    """Heun's method on the same equation. It calls the model twice per step, in the last once: b = 0 is not trained."""
+    for i, _, b_t, _, b_s in steps(a, b):
         x0, eps = denoise(z, i)
         v = eps - x0
-        if s_next > 0:
-            x0, eps = denoise(z + (s_next - s) * v, i + 1)
+        if b_s > 0:
+            x0, eps = denoise(z + (b_s - b_t) * v, i + 1)
             v = (v + eps - x0) / 2
-        z = z + (s_next - s) * v
+        z = z + (b_s - b_t) * v
     return z
 
 
@@ -94,7 +93,7 @@ SAMPLERS_FOR = {"epsilon": DIFFUSION, "v_prediction": DIFFUSION, "flow": ("euler
 
 
 def choose_sampler(prediction_type, name=None):
-    """The name of a sampler, by default the first that goes with the prediction type; ValueError if it does not."""
+    """The name of a sampler, by default the first for the prediction type; ValueError if the two do not go together."""
     names = SAMPLERS_FOR[prediction_type]
     if name not in (None, *names):
         raise ValueError(f"{name} does not go with prediction_type {prediction_type}; choose from {', '.join(names)}")

@@ -18,6 +18,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw
 
+from support.errors import run_script, usage_error
+
 COLOURS = {
     "red": (214, 38, 42), "orange": (245, 135, 25), "yellow": (250, 218, 50), "green": (40, 150, 65),
     "blue": (35, 95, 215), "purple": (135, 60, 185), "white": (244, 244, 246), "black": (42, 42, 48),
@@ -60,16 +62,11 @@ def make_scene(seed, index, combinations=None):
             break
     brightness, warmth = rng.uniform(0.88, 1.06), rng.uniform(-0.04, 0.04)
     light = brightness * (1 + warmth), brightness, brightness * (1 - warmth)
-    caption = _caption(rng, subject, colour if colour_said else "", place if place_said else "")
+    wordings = ("{0} {1}", "{0} {1}", "a picture of {0} {1}", "{1}, {0}") if place_said else ("{0}", "a picture of {0}")
+    caption = rng.choice(wordings).format(full_caption(subject, colour if colour_said else ""), place)
     x, y, size = rng.uniform(0.45, 0.55), rng.uniform(0.86, 0.92), rng.uniform(0.33, 0.37)
     facing, decoration = rng.choice((-1, 1)), rng.getrandbits(32)
     return Scene(subject, colour, place, caption, x, y, size, facing, light, decoration)
-
-
-def _caption(rng, subject, colour, place):
-    """One of several wordings. colour, place: "" where the caption leaves them out."""
-    wordings = ("{0} {1}", "{0} {1}", "a picture of {0} {1}", "{1}, {0}") if place else ("{0}", "a picture of {0}")
-    return rng.choice(wordings).format(full_caption(subject, colour), place)
 
 
 def full_caption(subject, colour="", place=""):
@@ -278,8 +275,8 @@ class SubjectPainter(Painter):
         self.polygon(FLAME, (-0.18, 0.7), (0.18, 0.7), (0.0, 1.1))
         self.polygon(self.dark, (-0.3, 0.1), (-0.68, 0.75), (-0.3, 0.65))
         self.polygon(self.dark, (0.3, 0.1), (0.68, 0.75), (0.3, 0.65))
-        right, left = [(0.27, -0.8), (0.36, -0.3), (0.3, 0.72)], [(-0.3, 0.72), (-0.36, -0.3), (-0.27, -0.8)]
-        self.polygon(self.base, (0, -1.25), *right, *left)
+        right = (0.27, -0.8), (0.36, -0.3), (0.3, 0.72)
+        self.polygon(self.base, (0, -1.25), *right, *((-x, y) for x, y in reversed(right)))
         self.polygon(self.dark, (0, -1.25), (0.27, -0.8), (-0.27, -0.8))
         self.ellipses(GLASS, (0, -0.3, 0.19, 0.19))
 
@@ -325,20 +322,17 @@ PLACES = {
 
 def main():
     """python scenes.py --words, or python scenes.py contact_sheet.png"""
-    if sys.argv[1:] == ["--words"]:
+    words = sys.argv[1:]
+    if words == ["--words"]:
         print(*map(", ".join, (SUBJECTS, COLOURS, PLACES)), sep="\n")
-    elif len(sys.argv) == 2 and sys.argv[1].endswith(".png"):
+    elif len(words) == 1 and words[0].endswith(".png"):
         sheet = Image.new("RGB", (8 * 96, 4 * 96))
         for i in range(32):
             sheet.paste(paint(make_scene(0, i), 96), (i % 8 * 96, i // 8 * 96))
-        try:
-            sheet.save(sys.argv[1])
-        except OSError as e:
-            sys.exit(f"error: {sys.argv[1]}: {e.strerror}; check the path and its permissions")
+        sheet.save(words[0])
     else:
-        print("error: scenes.py: takes --words or a file ending in .png; give one of them", file=sys.stderr)
-        sys.exit(2)
+        usage_error("scenes.py: takes --words or a file ending in .png; give one of them")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,10 +1,10 @@
-"""Captions to token embeddings (B, L, dim): the frozen text tower of CLIP, or an embedded stand-in that needs no files.
+"""Captions to token embeddings (B, L, dim): CLIP's frozen text model, or a built-in encoder that needs no files.
 
-What it is not: nothing here is trained or knows the U-Net. For both encoders the empty caption "" is the null caption.
-The file imports nothing of the project, because exported folders hold a copy of it.
+What it is not: nothing here is trained or knows the U-Net. Guidance uses the empty caption "" with either encoder.
+The file imports nothing of the project, because sample.py --export copies it, and nothing else, beside the models.
 
 Papers:
-  Radford et al. 2021, CLIP (arXiv 2103.00020), section 2.4: the text tower
+  Radford et al. 2021, CLIP (arXiv 2103.00020), section 2.4: the text model
   Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.3: token embeddings as condition
 """
 
@@ -22,7 +22,7 @@ import torch.nn as nn
 CLIP_NAME = "openai/clip-vit-base-patch32"
 CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so that the weights cannot change
 MOST_WARNINGS = 5  # thousands of captions may be too long
-HUB_TIMEOUT = 6  # seconds to wait for the hub before giving up
+HUB_TIMEOUT = 6  # seconds to wait for Hugging Face's hub
 PROBE_TEXT, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
@@ -31,8 +31,8 @@ class ClipTextEncoder(nn.Module):
 
     source: the model's name on the hub, or a directory with config.json, weights and tokenizer files.
     prompts: list of B strings -> (B, 77, 512) float32. Shorter prompts are padded with the end token, as Hugging Face's
-    tokenizer does (CLIP's own code pads with 0). There is no attention mask: the U-Net sees the padding too.
-    Raises OSError with a one-line message if the model or its tokenizer is missing, incomplete or another one.
+    tokenizer does (CLIP's own code pads with 0). The padding is not masked: the U-Net sees it too.
+    Raises OSError with a one-line message if the model or its tokenizer is missing, incomplete or not CLIP's.
     """
 
     max_length = 77
@@ -44,7 +44,7 @@ class ClipTextEncoder(nn.Module):
         self.model.eval().requires_grad_(False)
 
     def key(self):
-        """What the embeddings depend on, to name caches by: the weights, how the config has them used, the tokenizer."""
+        """What embeddings depend on, for cache keys: weights, tokenizer, what the forward pass reads of the config."""
         digest, config = hashlib.sha256(), self.model.config
         for value in self.model.state_dict().values():
             digest.update(value.cpu().contiguous().numpy())
@@ -57,7 +57,7 @@ class ClipTextEncoder(nn.Module):
         return self.tokenizer.tokenize(prompt.encode("utf-8", "replace").decode("utf-8"))
 
     def tokenize(self, prompts):
-        """-> token ids (B, 77). A special token written out in a prompt is plain text; what is cut off is warned about."""
+        """-> token ids (B, 77). Special tokens spelled out in a prompt are plain text. Warns of what it cuts off."""
         end, rows = self.tokenizer.eos_token_id, []
         for prompt, ids in zip(prompts, self.tokenizer(prompts, split_special_tokens=True).input_ids):
             if len(ids) > self.max_length:
@@ -77,29 +77,29 @@ class ClipTextEncoder(nn.Module):
 
 
 class WordHashTextEncoder(nn.Module):
-    """Each lower-cased word becomes a fixed Gaussian vector, drawn from the word's hash, plus one for its position.
+    """Each lower-cased word becomes a fixed Gaussian vector, seeded by its hash, plus a smaller one for its position.
 
     prompts: list of B strings -> (B, max_length, dim) float32; unused positions are zero, so "" is all zero.
-    All it does is tell words and their order apart. It knows no synonyms ("automobile" is as far from "car" as from
+    This tells words and their order apart, and no more. It knows no synonyms ("automobile" is as far from "car" as from
     "banana") and no plurals, and a word that is in no training caption is noise to the U-Net.
     """
 
-    POSITION_WEIGHT = 0.25  # small, so that a word is mostly itself wherever it stands
+    POSITION_WEIGHT = 0.25  # small, so that a word keeps nearly the same vector wherever it stands
 
     def __init__(self, dim=512, max_length=77):
         super().__init__()
         self.dim, self.max_length = dim, max_length
-        self.vectors, self.warned = {}, set()  # vectors: of each word and position met so far, (dim,)
+        self.vectors, self.warned = {}, set()  # vectors: a cache, (dim,) for each word and position met
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def key(self):
-        """What the embeddings depend on, to name caches by. Raise the number when forward() changes."""
+        """What embeddings depend on, for cache keys. Raise the number when forward() changes."""
         return {"hash": 1, "dim": self.dim, "max_length": self.max_length}
 
     def vector(self, key):
         if key not in self.vectors:
             seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:4], "little")
-            # NumPy promises never to change RandomState's numbers: the same vector on every machine and version
+            # NumPy promises never to change RandomState's numbers, so vectors are the same on all machines and versions
             self.vectors[key] = torch.from_numpy(np.random.RandomState(seed).randn(self.dim)).float()
         return self.vectors[key]
 
@@ -126,12 +126,12 @@ def words_of(prompt):
 
 
 def make_text_encoder(source, dim, max_length, trained_with=None):
-    """source: "clip", "hash" or a directory (--text_encoder). Raises OSError with a one-line message if it cannot be used.
+    """source: "clip", "hash" or a directory (--text_encoder). OSError with a one-line message if it cannot be used.
 
-    trained_with: the source that the U-Net was trained with, if another; CLIP and hash cannot stand in for each other.
+    trained_with: in sampling, the source that the U-Net was trained with; CLIP cannot replace hash, nor hash CLIP.
     """
     if trained_with is not None and (source == "hash") != (trained_with == "hash"):
-        what = f"the run was trained with {trained_with}, whose embeddings are others"
+        what = f"the run was trained with {trained_with}, whose embeddings differ"
         raise OSError(f"--text_encoder: {source}: {what}; leave the flag out")
     if source == "hash":
         return WordHashTextEncoder(dim, max_length)
@@ -174,12 +174,12 @@ def _load_clip(source):
         _ask_hub()
         return _from_pretrained(source, revision=CLIP_REVISION)
     except _Unusable as e:
-        remedy = "give --text_encoder DIR with a downloaded copy, or --text_encoder hash for the embedded encoder"
+        remedy = "give --text_encoder DIR with a downloaded copy, or --text_encoder hash for the built-in encoder"
         raise OSError(f"--text_encoder: CLIP text model {source}: {e}; {remedy}") from None
 
 
 def _refuse_custom_code(folder):
-    """Its configs may ask transformers to run Python files of the folder, or to ask the user whether to run them."""
+    """The configs of a folder can make transformers run its Python files, or ask the user whether to run them."""
     for name in ("config.json", "tokenizer_config.json"):
         with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb") as f:
             if b'"auto_map"' in f.read():
@@ -187,7 +187,7 @@ def _refuse_custom_code(folder):
 
 
 def _refuse_damaged_cache(reason):
-    """If all files are in the hub's cache and the model still does not load, the hub cannot help: it sends none twice."""
+    """If all files are in the hub's cache and the model still does not load, the hub will not send them again."""
     from huggingface_hub import constants
 
     folder = os.path.join(constants.HF_HUB_CACHE, f"models--{CLIP_NAME.replace('/', '--')}")
@@ -201,13 +201,13 @@ def _refuse_damaged_cache(reason):
 
 
 def _from_pretrained(source, **where):
-    from transformers import AutoTokenizer, CLIPTextModel, logging  # takes seconds that the embedded encoder saves
+    from transformers import AutoTokenizer, CLIPTextModel, logging  # slow to import; the built-in encoder goes without
 
     where["trust_remote_code"] = False
-    # keeps transformers from asking the hub, in a thread, to convert weights that are here already
+    # else transformers asks the hub, in a thread, to convert weights that are here already
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the weights include the image tower, whose every tensor would be reported as unused
+    logging.set_verbosity_error()  # else every tensor of the image model, which the files hold too, is reported
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model, info = CLIPTextModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **where)
@@ -224,13 +224,13 @@ def _from_pretrained(source, **where):
         raise _Unusable(f"takes {config.max_position_embeddings} tokens, not {ClipTextEncoder.max_length}")
     if config.vocab_size < len(tokenizer):
         raise _Unusable(f"knows {config.vocab_size} tokens, its tokenizer {len(tokenizer)}")
-    if tokenizer(PROBE_TEXT).input_ids != PROBE_IDS:
+    if tokenizer(PROBE_TEXT).input_ids != PROBE_IDS:  # transformers makes up a tokenizer whose files are missing
         raise _Unusable("its tokenizer is not CLIP's or not whole (tokenizer.json)")
     return tokenizer, model
 
 
 def _ask_hub():
-    """Ask the hub one quick question; transformers would try again and again for minutes."""
+    """Find out within seconds whether the hub answers; transformers would try again and again for minutes."""
     import urllib.request
 
     from huggingface_hub import constants
@@ -247,7 +247,7 @@ def _ask_hub():
         except Exception as e:  # name look-up, proxies and captive portals fail in many ways
             answer.append(f" ({type(e).__name__}: {e})")
 
-    # in a thread, because urlopen's time-out does not cover the look-up of the name and holds for each address anew
+    # in a thread, because urlopen's time-out does not cover the look-up of the name, and starts anew for each address
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)

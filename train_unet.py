@@ -1,14 +1,14 @@
 """Train the denoising U-Net on the latents of the run's VAE. Run train_vae.py first.
 
-  python train_unet.py                     COCO if it is there (README.md), else the embedded demo
+  python train_unet.py                     COCO if it is there (README.md), else the built-in demo
   python train_unet.py --preset demo       minutes on two CPU cores
   python train_unet.py --text_encoder DIR  CLIP from a directory instead of the hub
 
 Writes to the run directory: unet_ckpt{E}.pth, t_ember_ckpt{E}.pth (time embedding) and ema_unet_ckpt{E}.pth
 (plain state_dicts), unet_train.csv, unet_held_out.csv, unet_curves.png, and unet_samples_epoch{E}.png:
 the same prompts from the same noise at every epoch.
-What it is not: schedule and loss are in diffusion.py, samplers in samplers.py, the model in unet.py, every setting in
-config.py.
+What it is not: more than a loop. Schedule and loss are in diffusion.py, samplers in samplers.py, the model in unet.py,
+every setting in config.py.
 """
 
 import copy
@@ -29,7 +29,7 @@ from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
 SAMPLES_PER_PROMPT = 2
-COMPILE_PAYS = 20_000  # steps on CUDA that win back what compiling takes, from what both took on an H200
+COMPILE_FROM = 20_000  # steps on CUDA from which torch.compile saves more time than it takes, as timed on an H200
 
 
 def main():
@@ -45,7 +45,7 @@ def main():
     run.open()
     autocast = devices.make_autocast(device, cfg.mixed_precision)
     text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
-    run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}  # now: files may be edited later
+    run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}  # now: the code may be edited later
 
     # ---- Data ----
     latents, first_rows, embed, held_out, held_out_captions = read_data(cfg, run, vae, text_encoder)
@@ -58,12 +58,12 @@ def main():
     parameters = [*weights, *t_embedder.parameters()]
     optimizer = training.make_optimizer([unet, t_embedder], cfg)
     process = diffusion.configured_process(cfg)
-    print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters")
+    print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M trainable parameters")
 
     # ---- State ----
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     predict, embed_t = world.data_parallel(unet), world.data_parallel(t_embedder)
-    predict = devices.maybe_compile(predict, cfg.compile, device, plan.total_steps >= COMPILE_PAYS)
+    predict = devices.maybe_compile(predict, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
     state = run.resume([unet, t_embedder, ema], optimizer, training.State(0, 0, 0, torch.zeros((), device=device)))
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)
     if world.size == 1:
@@ -81,7 +81,7 @@ def main():
             noise = torch.randn_like(z)
             rows = data.choose_captions(first_rows, index)
             rows = diffusion.drop_captions(rows, first_rows[-1], cfg.caption_dropout)
-            mine = world.share(len(index))  # what is drawn above is of the whole batch
+            mine = world.share(len(index))  # draws are for the whole batch: the same with any number of processes
             z_t, target = diffusion.add_noise(process, z[mine], t[mine], noise[mine])
             loss, grad_norm = gradients(len(index), z_t, target, devices.to_device(t[mine], device), embed(rows[mine]))
             guard.judge(optimizer, loss, grad_norm, state.step)
@@ -111,12 +111,12 @@ def main():
     progress.close()
     print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
     if world.rank == 0:
-        warn_if_unheard(figures, cfg)
+        warn_if_captions_are_ignored(figures, cfg)
 
 
 def read_data(cfg, run, vae, text_encoder):
-    """-> latents of the training pictures, a list for pick_latents(); the numbers of their captions, for
-    data.choose_captions(); embed(rows) -> captions' embeddings; latents and captions of the held-out pictures."""
+    """-> latents of the training pictures, for pick_latents(); first_rows, for data.choose_captions(); embed(), from
+    caption numbers to embeddings; latents and captions of the held-out pictures."""
     train_set, held_out_set = data.open_dataset(cfg)
     device = run.world.device
     encode = partial(encoded.encode_pictures, vae, about=run.about, device=device, cfg=cfg)
@@ -133,9 +133,9 @@ def read_data(cfg, run, vae, text_encoder):
 
 
 def pick_latents(latents, index, mirrored, device):
-    """mu, log_var (B, latent_channels, s, s) of pictures by their number.
+    """-> mu, log_var (B, latent_channels, s, s) of the pictures numbered `index`.
 
-    latents: [of all pictures], and of all mirrored ones if `mirrored` (B,) may be 1.
+    latents: [one tensor for all pictures], with horizontal_flips also one for all mirrored. mirrored: (B,), 1 or 0.
     """
     found = [devices.gather_rows(several, index, device) for several in latents]  # (B, 2, C, s, s) each
     if len(found) > 1:
@@ -164,9 +164,9 @@ def batch_gradients(predict, embed_t, optimizer, autocast, cfg, world, count, z_
 
 
 def evaluate(unet, t_embedder, text_encoder, held_out, captions, process, cfg):
-    """Held-out loss, and what another picture's caption and none cost more, as shares of it with standard errors.
+    """Held-out loss, and by what share of it another picture's caption or no caption raises it, with standard errors.
 
-    At the same latents, noise and timesteps at every epoch and for each caption. With one picture there is no other.
+    Latents, noise and times are the same for all captions and epochs. A lone picture's other caption is its own.
     """
     own, losses = [several[0] for several in captions], {}
     for kind, texts in {"own": own, "other": own[1:] + own[:1], "none": [""] * len(own)}.items():
@@ -190,16 +190,16 @@ def summary(figures):
     return f"held-out loss {figures['loss']:.4f}; {', '.join(costs)}"
 
 
-def warn_if_unheard(figures, cfg):
-    """One line if another picture's caption costs nothing that two standard errors do not cover."""
+def warn_if_captions_are_ignored(figures, cfg):
+    """Warn if another picture's caption raises the loss by no more than two standard errors."""
     gap, error = figures["other_caption"], figures["other_caption_error"]
-    if not gap <= 2 * error:  # one held-out picture has no error: nothing is known, nothing is said
+    if not gap <= 2 * error:  # written so that NaN, from a lone held-out picture, gives no warning
         return
     remedies = [f"--lr {10 * cfg.lr:.0e} with --lr_warmup_steps 200"] if cfg.lr < 5e-4 else []
     remedies += ["--prediction_type flow"] if cfg.prediction_type != "flow" else []
     print(
-        f"warning: the captions are not heard: another picture's caption costs {gap:+.2%} of the loss, with a standard "
-        f"error of {error:.2%}; what helps: {', '.join([*remedies, 'more epochs, captions that fit their pictures'])}",
+        f"warning: the U-Net seems to ignore captions: another picture's changes the loss by {gap:+.2%}, standard "
+        f"error {error:.2%}; what helps: {', '.join([*remedies, 'more epochs, captions that fit their pictures'])}",
         file=sys.stderr,
     )
 
@@ -217,7 +217,7 @@ def show_samples(models, process, autocast, cfg, run, epoch):
 def draw_curves(run):
     train, held_out = (show.read_csv(run.path(f"unet_{name}.csv")) for name in ("train", "held_out"))
     losses = {
-        "training, as drawn and weighted": (train["step"], train["loss"]),
+        "training, at the times drawn": (train["step"], train["loss"]),
         "held-out, times evenly spread": (held_out["step"], held_out["loss"]),
     }
     rates = {"learning rate": (train["step"], train["lr"])}

@@ -1,9 +1,9 @@
 """Train the autoencoder.
 
-  python train_vae.py                      COCO if it is there (README.md), else the embedded demo
+  python train_vae.py                      COCO if it is there (README.md), else the built-in demo
   python train_vae.py --preset demo        64-pixel painted scenes, minutes on two CPU cores
   python train_vae.py --dataset folder --data_root my_pictures --run_dir runs/mine
-  python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   then sample.py --vae
+  python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   for sample.py --vae
 
 Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
 vae_curves.png, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions.
@@ -23,7 +23,7 @@ from support.signals import command_line
 from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
 GRID_PICTURES = 8
-COMPILE_PAYS = 2_200  # steps on CUDA that win back what compiling takes, from what both took on an H200
+COMPILE_FROM = 2_200  # steps on CUDA from which torch.compile saves more time than it takes, as timed on an H200
 
 
 def main():
@@ -48,16 +48,16 @@ def main():
     torch.manual_seed(cfg.seed)
     if not cfg.finetune_decoder_of:
         vae = AutoencoderKL(cfg)
-    vae.decoder.requires_grad_(True)  # of a finished VAE nothing else learns
+    vae.decoder.requires_grad_(True)  # load_vae() froze the whole VAE; fine-tuning is for the decoder alone
     vae.to(device, memory_format=devices.memory_format(device))
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = training.make_optimizer([vae], cfg)
-    print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters that learn")
+    print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M trainable parameters")
 
     # ---- State ----
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     autoencode = world.data_parallel(vae)
-    autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_PAYS)
+    autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
     state = run.resume([vae], optimizer, training.State(0, 0, 0, window=torch.zeros(3, device=device)))
     gradients = partial(batch_gradients, autoencode, optimizer, autocast, cfg, world)
     if world.size == 1:
@@ -71,7 +71,7 @@ def main():
             training.seed_step(cfg.seed, state.step)
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
             crops = data.draw_crops(len(index), cfg)
-            mine = world.share(len(index))  # what is drawn above is of the whole batch
+            mine = world.share(len(index))  # draws are for the whole batch: the same with any number of processes
             x = data.to_float(data.crop_pictures(pixels, index[mine], crops[mine], cfg.image_size), device)
             losses, grad_norm = gradients(len(index), x, eps[mine])
             guard.judge(optimizer, losses[0], grad_norm, state.step)
@@ -103,7 +103,7 @@ def main():
 
 
 def read_data(cfg, run):
-    """-> training pictures (N, 3, S, S) and held-out ones, uint8."""
+    """-> training pictures (N, 3, S, S), S = image_size + random_crop, and held-out ones of image_size; uint8."""
     train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
     with run.world.rank0_first():
         pixels, _ = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
@@ -146,7 +146,7 @@ def summary(figures):
 
 @torch.no_grad()
 def show_reconstructions(vae, held_out, device, cfg, run, epoch):
-    """The same held-out pictures at every epoch, above their reconstructions: decoded from mu, not from a draw."""
+    """The same held-out pictures at every epoch, above their reconstructions: decoded from mu, not from a drawn z."""
     x = data.to_float(held_out[:GRID_PICTURES], device)
     x_hat = torch.cat([vae.decoder(vae.encode(part)[0]) for part in x.split(pictures_per_pass(cfg.image_size**2))])
     show.save_grid(run.path(f"vae_pictures_epoch{epoch}.png"), (torch.cat([x, x_hat]) + 1) / 2, columns=len(x))

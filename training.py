@@ -1,10 +1,9 @@
-"""What both trainings share of the method: randomness by step, learning rate, optimizer step, average, finite steps.
+"""What both trainings share: seeds by step, learning rate, optimizer, the guard against NaN, averaged weights.
 
-What it is not: a Trainer. There are no hooks and no loop here, no files and no processes, and no function knows what is
-being trained.
+What it is not: a Trainer. It has no loop, no hooks, no files and no processes.
 
-Randomness is a function of progress (after EDM2, Karras et al. 2024, arXiv 2312.02696): the data order of (seed, epoch),
-everything else of (seed, step). A run needs to remember nothing else to be repeated.
+Randomness is a function of progress (after EDM2, Karras et al. 2024, arXiv 2312.02696): (seed, epoch) gives the order
+of the data, (seed, step) all else that is random. So a resumed run draws what an unbroken one would.
 """
 
 import hashlib
@@ -23,19 +22,19 @@ LOG_EVERY = 20  # steps per row of the training CSVs; the end of an epoch ends a
 
 @dataclass
 class State:
-    """How far a training is: what resuming needs beside the weights and Adam's state."""
+    """How far training has come: what resuming needs beside the weights and the optimizer's state."""
 
     step: int
     epoch: int  # whole epochs done
     count: int  # steps since the last row of the CSV
-    window: torch.Tensor  # sums of their losses
+    window: torch.Tensor  # sums of the losses of these steps
 
     def add(self, losses):
         self.window += losses
         self.count += 1
 
     def take_means(self):
-        """-> the mean losses of the row that ends here; the next row begins."""
+        """End a row of the CSV -> its mean losses."""
         means = self.window / self.count
         self.window, self.count = torch.zeros_like(self.window), 0
         return means.tolist()
@@ -43,7 +42,7 @@ class State:
 
 @dataclass
 class Plan:
-    """The steps of a training on `pictures`."""
+    """How training divides into epochs and steps."""
 
     pictures: int
     batch_size: int
@@ -57,7 +56,7 @@ class Plan:
         self.last_epoch = math.ceil(self.total_steps / self.steps_per_epoch)
 
     def batches(self, epoch, step):
-        """The batches of an epoch that are still to come after `step` -> tuple of index tensors."""
+        """The batches of an epoch that follow `step` -> tuple of index tensors."""
         first = (epoch - 1) * self.steps_per_epoch
         order = epoch_order(self.seed, epoch, self.pictures)
         return order.split(self.batch_size)[step - first : self.total_steps - first]
@@ -91,7 +90,7 @@ def epoch_order(seed, epoch, count):
 
 
 def lr_at(step, total_steps, cfg):
-    """Learning rate of step 1 .. total_steps: linear warm-up, then constant or cosine to 0 (Loshchilov & Hutter
+    """Learning rate of step 1 .. total_steps: a linear warm-up times a constant or a cosine to 0 (Loshchilov & Hutter
     2017, arXiv 1608.03983, Eq. 5 without restarts)."""
     warmup = min(1.0, step / (cfg.lr_warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
@@ -99,21 +98,21 @@ def lr_at(step, total_steps, cfg):
 
 
 def make_optimizer(modules, cfg):
-    """The optimizer of all parameters of the modules that want gradients, in order, as cfg.optimizer says."""
+    """The optimizer that cfg names, for all parameters of the modules that require gradients, in order."""
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     options = {"lr": cfg.lr, "betas": (0.9, cfg.adam_beta2), "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "muon":
-        ends = {"conv_in", "conv_out", "linear_1", "linear_2"}  # what reads and writes pictures and times
-        hidden = [p for name, p in named if p.dim() > 1 and not ends & set(name.split("."))]
+        outer = {"conv_in", "conv_out", "linear_1", "linear_2"}  # Muon is for the layers between these
+        hidden = [p for name, p in named if p.dim() > 1 and not outer & set(name.split("."))]
         return Muon([p for _, p in named], hidden, **options)
     return torch.optim.Adam([p for _, p in named], fused=True, **options)  # Kingma & Ba 2015, arXiv 1412.6980
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but for the hidden matrices Muon (Jordan et al. 2024): momentum whose singular values are all made 1.
+    """Adam, but for hidden matrices Muon (Jordan et al. 2024), which sets all singular values of their momentum to 1.
 
-    A convolution counts as a matrix (out_channels, in_channels * 9). An update is scaled to the size that Adam's has
-    (Liu et al. 2025, arXiv 2502.16982), so that one learning rate serves both; hidden matrices have no weight decay.
+    A k x k convolution counts as a matrix (out_channels, in_channels * k * k). Muon's update is scaled to the size of
+    Adam's (Liu et al. 2025, arXiv 2502.16982): one learning rate serves both. Hidden matrices have no weight decay.
     """
 
     MOMENTUM, SCALE = 0.95, 0.2
@@ -126,36 +125,36 @@ class Muon(torch.optim.Adam):
     def step(self):
         gradients = [p.grad for p in self.hidden]
         for p in self.hidden:
-            p.grad = None  # Adam passes over it
+            p.grad = None  # so that Adam skips it
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         super().step()
         for p, gradient in zip(self.hidden, gradients):
             p.grad = gradient
-        skipped = getattr(self, "found_inf", torch.zeros((), device=p.device))
+        skipped = getattr(self, "found_inf", torch.zeros((), device=p.device))  # from FiniteGuard: 1 skips the step
         lr = torch.full((), self.param_groups[0]["lr"], device=p.device)
         self.update(lr * (1 - skipped), skipped > 0, *gradients)
 
     @torch.no_grad()
     def update_hidden(self, lr, skipped, *gradients):
-        """Matrices of one shape at a time: (n, rows, columns)."""
-        shapes = {}
+        """Step all hidden matrices, those of one shape together as (n, rows, columns): fewer and larger kernels."""
+        by_shape = {}
         for p, gradient in zip(self.hidden, gradients):
-            shapes.setdefault(p.shape, []).append((p, self.state[p]["momentum"], gradient))
-        for found in shapes.values():
-            parameters, momenta, gradients = map(list, zip(*found))
+            by_shape.setdefault(p.shape, []).append((p, self.state[p]["momentum"], gradient))
+        for group in by_shape.values():
+            parameters, momenta, gradients = map(list, zip(*group))
             momentum, gradient = torch.stack(momenta), torch.stack(gradients)
-            gradient = torch.where(skipped, momentum, gradient)  # momentum stays what it is
+            gradient = torch.where(skipped, momentum, gradient)  # lerp() then leaves momentum as it is
             momentum = gradient.lerp(momentum, self.MOMENTUM)
-            update = orthogonal(gradient.lerp(momentum, self.MOMENTUM).flatten(2))
+            update = orthogonal(gradient.lerp(momentum, self.MOMENTUM).flatten(2))  # Nesterov momentum
             update = update * (lr * self.SCALE * max(update.shape[1:]) ** 0.5)
             torch._foreach_copy_(momenta, list(momentum))
             torch._foreach_sub_(parameters, list(update.view_as(gradient)))
 
 
 def orthogonal(x, steps=5):
-    """Matrices (n, rows, columns) with singular values near 1 instead of their own: Newton-Schulz iteration of an odd
-    quintic (Jordan et al. 2024). In bfloat16 on a GPU; on a CPU that would be slower."""
+    """Matrices (n, rows, columns) -> the same with all singular values near 1: Newton-Schulz iteration of a polynomial
+    of degree 5 (Jordan et al. 2024). In bfloat16 on a GPU; on a CPU that would be slower."""
     x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     wide = x if x.shape[1] <= x.shape[2] else x.mT
@@ -180,38 +179,37 @@ def optimizer_step(optimizer, lr):
 
 
 class FiniteGuard:
-    """Keeps the weights from a step whose loss or gradient is NaN or infinite, and names the first such step.
+    """Keeps a step whose loss or gradient is NaN or infinite from changing the weights, and names the first such step.
 
-    On CUDA nothing waits for the device: the optimizer's own kernel leaves such a step out, and check() looks at all
-    steps since the last look at once. Elsewhere judge() looks at once: on a CPU that costs nothing, on MPS it waits for
-    the step.
+    On CUDA nothing waits for the device: the optimizer itself skips such a step, and check() later looks at all steps
+    since its last call. Elsewhere judge() calls check(): on a CPU that costs nothing, on MPS it waits for the step.
     """
 
     def __init__(self, device, run):
-        self.lazy, self.run, self.unseen = device.type == "cuda", run, []
+        self.lazy, self.run, self.unchecked = device.type == "cuda", run, []
 
     def judge(self, optimizer, loss, grad_norm, step):
         """Call it between backward pass and optimizer step. loss: the same on all processes."""
         figures = torch.stack([loss.detach(), grad_norm])
-        self.unseen.append((step, figures))
+        self.unchecked.append((step, figures))
         if self.lazy:
             optimizer.found_inf = (~figures.isfinite().all()).float()
         else:
             self.check()
 
     def check(self):
-        """UserError if a step since the last look was not finite. Call it before anything is saved or logged."""
-        steps, figures = zip(*self.unseen) if self.unseen else ((), None)
-        self.unseen = []
+        """UserError if a step since the last call was not finite. Call it before anything is saved or logged."""
+        steps, figures = zip(*self.unchecked) if self.unchecked else ((), None)
+        self.unchecked = []
         for step, (loss, grad_norm) in zip(steps, torch.stack(figures).tolist() if figures else ()):
             if not math.isfinite(loss + grad_norm):
                 raise UserError(
-                    f"--lr: step {step} gives loss {loss:.3g} and gradient norm {grad_norm:.3g}; start over with a lower "
-                    f"--lr and --overwrite; the newest set is {self.run.last_saved}"
+                    f"--lr: step {step} gives loss {loss:.3g} and gradient norm {grad_norm:.3g}; start over with a "
+                    f"lower --lr and --overwrite; the newest set is {self.run.last_saved}"
                 )
 
     def check_held_out(self, figure, step):
-        """UserError if a held-out figure is not a number: then the weights are useless, though each step was finite."""
+        """UserError if a held-out figure is not finite: then the weights are useless, though each step was finite."""
         if not math.isfinite(figure):
             raise UserError(
                 f"--lr: after step {step} the held-out figures are not numbers; start over with a lower --lr and "
@@ -223,7 +221,7 @@ class FiniteGuard:
 
 
 def ema_decay_at(step, cfg):
-    """Decay of the averaged weights at step 1, 2, ...; with cfg.ema_warmup they soon forget the random initial ones."""
+    """Decay of the averaged weights (EMA) at step 1, 2, ...: cfg.ema_warmup lets them soon forget the initial ones."""
     return min(cfg.ema_decay, (1 + step) / (10 + step)) if cfg.ema_warmup else cfg.ema_decay
 
 

@@ -1,18 +1,18 @@
 """The denoiser: a U-Net on latents. An embedding tells it the noise level, cross-attention tells it the caption.
 
 What it is not: it knows no noise schedule, no guidance and no text encoder. It maps (z_t, embedded t, embedded caption)
-to a prediction: of the noise in z_t, or of another target that diffusion.py trains it for.
+to a prediction: of the noise in z_t, or of another target of diffusion.py.
 
 Papers:
   Ronneberger et al. 2015, U-Net (arXiv 1505.04597)
   Ho et al. 2020, DDPM (arXiv 2006.11239), appendix B: resnets with GroupNorm and time embedding
   Vaswani et al. 2017, Attention Is All You Need (arXiv 1706.03762): section 3.2 attention, 3.5 sinusoids
   Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.3: cross-attention conditioning
-  Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202), Eq. 6: GEGLU
+  Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202), Eq. 5: GEGLU
 
 Modules are named and built as in diffusers' UNet2DConditionModel with only_cross_attention = (True, ..., True, False):
 the image attends to itself at the lowest resolution alone; every other attention looks at the caption. TimeEmbedding is
-`time_embedding` there.
+a part of the model there, `time_embedding`.
 """
 
 import math
@@ -93,8 +93,8 @@ class Attention(nn.Module):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v (Vaswani et al., Eq. 1): q (B, heads, N, d), k and v (B, heads, M, d) -> shape of q.
 
-    In bfloat16 on a CPU as plain products: the backward pass of PyTorch's fused kernel is slow there. The scores are
-    kept transposed, (M, N), because softmax over the M tokens of a short caption is faster across rows than along them.
+    In bfloat16 on a CPU without PyTorch's fused kernel, whose backward pass is slow there. The scores are transposed,
+    (M, N), because softmax over the few tokens of a caption is faster down the columns than along the rows.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
@@ -103,7 +103,7 @@ def attend(q, k, v):
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of another (Shazeer, Eq. 6): (B, N, dim) -> (B, N, inner)."""
+    """A linear layer gated by the GELU of another (Shazeer, Eq. 5): (B, N, dim) -> (B, N, inner)."""
 
     def __init__(self, dim, inner):
         super().__init__()
@@ -115,7 +115,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention to the image (or the caption, with only_cross_attention), attention to the caption, feed-forward.
+    """Self-attention (with only_cross_attention: attention to the caption), attention to the caption, feed-forward.
 
     x: (B, N, dim), text_emb: (B, L, text_dim) -> (B, N, dim).
     """
@@ -128,7 +128,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, cfg.text_dim, cfg.num_heads)
         self.norm3 = nn.LayerNorm(dim)
-        # the Identity stands where diffusers has its dropout
+        # the Identity takes the place of diffusers' dropout, so that the names of weights agree
         net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
         self.ff = nn.Sequential(OrderedDict(net=net))
 
@@ -189,7 +189,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, transformer with image self-attention, resnet, all at the lowest resolution."""
+    """Resnet, transformer with self-attention, resnet, all at the lowest resolution."""
 
     def __init__(self, channels, cfg):
         super().__init__()
@@ -202,7 +202,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """(Append the newest skip, resnet, transformer) for each skip, then an upsampler unless `last`."""
+    """(Concatenate the newest skip, resnet, transformer) for each skip, then an upsampler unless `last`."""
 
     def __init__(self, in_channels, skip_channels, out_channels, first, last, cfg):
         super().__init__()
@@ -227,7 +227,7 @@ class UNetLatent(nn.Module):
     z: (B, latent_channels, h, w), h and w divisible by 2^(levels - 1); t_emb: (B, time_dim) from TimeEmbedding;
     text_emb: (B, L, text_dim) -> prediction: shape of z.
 
-    Reads of cfg: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
+    Reads from cfg: latent_channels, latent_size, unet_block_out_channels (one entry per resolution, each a multiple of
     unet_norm_num_groups and num_heads), unet_layers_per_block, unet_norm_num_groups, num_heads, text_dim, time_dim.
     """
 
@@ -236,7 +236,7 @@ class UNetLatent(nn.Module):
         channels, num_layers = cfg.unet_block_out_channels, cfg.unet_layers_per_block
         self.latent_shape = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
         self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
-        skips = [channels[0]]  # channels of the maps that cross over, oldest first
+        skips = [channels[0]]  # their channels, oldest first
 
         self.down_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip((channels[0], *channels), channels)):
@@ -250,8 +250,8 @@ class UNetLatent(nn.Module):
         channels = channels[::-1]
         for i, (before, width) in enumerate(zip((channels[0], *channels), channels)):
             first, last = i == 0, i == len(channels) - 1
-            joined = [skips.pop() for _ in range(num_layers + 1)]
-            self.up_blocks.append(UpBlock(before, joined, width, first, last, cfg))
+            skip_channels = [skips.pop() for _ in range(num_layers + 1)]
+            self.up_blocks.append(UpBlock(before, skip_channels, width, first, last, cfg))
 
         self.conv_norm_out = nn.GroupNorm(cfg.unet_norm_num_groups, channels[-1], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[-1], cfg.latent_channels, 3, padding=1)

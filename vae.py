@@ -1,7 +1,7 @@
-"""The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (C, H/f, W/f). The recipe has C = 4 and f = 8.
+"""The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (C, H/f, W/f). The recipe (preset coco): C = 4, f = 8.
 
 What it is not: no discriminator, no perceptual loss, no latent scaling factor. The KL term alone keeps latents near
-N(0, 1), and the diffusion model uses z = mu + sigma * eps as it is.
+N(0, I), and the U-Net learns on z = mu + sigma * eps unscaled.
 
 Papers:
   Kingma & Welling 2013, Auto-Encoding Variational Bayes (arXiv 1312.6114): Eq. 10 and appendix B
@@ -9,8 +9,8 @@ Papers:
   Rombach et al. 2022, Latent Diffusion (arXiv 2112.10752), section 3.1: the convolutional architecture
   Wang et al. 2003, Multi-scale structural similarity: an optional loss
 
-Modules are named and built as in diffusers' AutoencoderKL without quant convs: a state_dict from here loads there with
-strict=True, and back.
+Modules are named and built as in diffusers' AutoencoderKL without quant convs: a state_dict of either loads into the
+other with strict=True.
 """
 
 import math
@@ -20,24 +20,24 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LOG_VAR_RANGE = (-30.0, 20.0)  # clamp for log sigma^2, as in latent diffusion: one wild output must not overflow exp()
+LOG_VAR_RANGE = (-30.0, 20.0)  # clamp of log sigma^2, as in latent diffusion: a huge output must not overflow exp()
 INITIAL_LOG_VAR = -4.0
 MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # finest scale first (Wang et al. 2003, section 3.2)
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Gaussian [pixels]
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # side and sigma of the Gaussian window [pixels]
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
 MAX_PICTURES_PER_PASS, MAX_PIXELS_PER_PASS = 32, 32 * 128 * 128
 
 
 def compiled_for_cuda(x):
-    """True while torch.compile traces code for the GPU that x is on; two layers then use a form that compiles better."""
+    """Whether torch.compile is tracing for CUDA: GroupNorm and Upsample then take forms that compile to faster code."""
     return x.device.type == "cuda" and torch.compiler.is_compiling()
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, but on a CPU always in float32: in bfloat16 its backward pass costs more than the convolutions.
+    """PyTorch's GroupNorm, but in float32 on a CPU: there its backward pass in bfloat16 costs more than convolutions.
 
-    Compiled for a GPU in bfloat16 it is made of sums, which torch.compile fuses with the layers around it. PyTorch's own
-    kernel would copy channels_last maps to another layout and back.
+    Compiled for CUDA in bfloat16 it is by_sums(), which torch.compile fuses with the layers around it. PyTorch's own
+    kernel would copy channels_last feature maps to another layout and back.
     """
 
     def forward(self, x):
@@ -46,13 +46,13 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.float() if x.device.type == "cpu" else x).to(x.dtype)
 
     def by_sums(self, x):
-        """The same with Var x = E x^2 - (E x)^2: (B, C, H, W) -> (B, C, H, W).
+        """GroupNorm with Var x = E x^2 - (E x)^2: (B, C, H, W) -> (B, C, H, W).
 
-        In float32 this keeps three digits even if the mean is 100 times the standard deviation; bfloat16 has no more.
+        In float32 Var x keeps three digits even if the mean is 100 standard deviations; bfloat16 holds no more.
         """
         x32, groups = x.float(), (len(x), self.num_groups, -1)
-        mean, square = (m.mean(dim=(2, 3)).view(groups).mean(dim=2) for m in (x32, x32.square()))  # (B, groups) each
-        std_inverse = ((square - mean.square()).clamp(min=0) + self.eps).rsqrt()
+        mean, mean_square = (m.mean(dim=(2, 3)).view(groups).mean(dim=2) for m in (x32, x32.square()))  # (B, groups)
+        std_inverse = ((mean_square - mean.square()).clamp(min=0) + self.eps).rsqrt()
         scale = self.weight.view(1, *groups[1:]) * std_inverse[:, :, None]  # (B, groups, C / groups)
         shift = self.bias.view(1, *groups[1:]) - mean[:, :, None] * scale
         return (x32 * scale.view(len(x), -1, 1, 1) + shift.view(len(x), -1, 1, 1)).to(x.dtype)
@@ -112,7 +112,7 @@ class Upsample(nn.Module):
 
 
 def repeat_pixels(x):
-    """F.interpolate() in channels_last, (B, C, H, W) -> (B, C, 2H, 2W); compiled, its backward pass is faster."""
+    """Repeat each pixel 2x2, in channels_last: (B, C, H, W) -> (B, C, 2H, 2W). Compiled, it outruns F.interpolate()."""
     b, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c)
     return rows.permute(0, 3, 1, 2)
@@ -131,7 +131,7 @@ class MidBlock(nn.Module):
 
 
 def make_levels(channels, num_layers, groups, name, make_resampler):
-    """-> one level per entry of `channels`: its resnets, then, in all but the last, a resampler called `name`."""
+    """One level per entry of `channels`: its resnets, and in all but the last a resampler called `name`."""
     levels = []
     for i, (before, width) in enumerate(zip((channels[0], *channels), channels)):
         resnets = [ResnetBlock(before if k == 0 else width, width, groups) for k in range(num_layers)]
@@ -143,7 +143,7 @@ def make_levels(channels, num_layers, groups, name, make_resampler):
 
 
 class Encoder(nn.Module):
-    """x: (B, 3, H, W) -> mu and log sigma^2 in one: (B, 2 * latent_channels, H/f, W/f), f = 2^(levels - 1)."""
+    """x: (B, 3, H, W) -> mu and log sigma^2, concatenated: (B, 2 * latent_channels, H/f, W/f), f = 2^(levels - 1)."""
 
     def __init__(self, latent_channels, channels, layers_per_block, groups):
         super().__init__()
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """`encode` gives q(z|x) = N(mu, sigma^2), `decoder` the mean of p(x|z).
 
-    Reads latent_channels, block_out_channels, layers_per_block, norm_num_groups of cfg.
+    Reads from cfg: latent_channels, block_out_channels, layers_per_block, norm_num_groups.
     """
 
     def __init__(self, cfg):
@@ -195,7 +195,7 @@ class AutoencoderKL(nn.Module):
         return mu, log_var.clamp(*LOG_VAR_RANGE)
 
     def forward(self, x, eps=None):
-        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var, and x_hat decoded from one draw of z. eps: see reparameterize()."""
+        """x: (B, 3, H, W) in [-1, 1] -> mu, log_var, and x_hat decoded from a drawn z. eps: see reparameterize()."""
         mu, log_var = self.encode(x)
         return mu, log_var, self.decoder(reparameterize(mu, log_var, eps))
 
@@ -206,17 +206,17 @@ def reparameterize(mu, log_var, eps=None):
 
 
 def pictures_per_pass(pixels):
-    """How many pictures of `pixels` pixels each go through the VAE at once: few enough for any memory, and always the
-    same number, because in other batches a picture could have other last bits."""
+    """How many pictures of `pixels` pixels each the VAE takes at once: few, to save memory, and a function of `pixels`
+    alone, because a picture's last bits may depend on the size of its batch."""
     return max(1, min(MAX_PICTURES_PER_PASS, MAX_PIXELS_PER_PASS // pixels))
 
 
 def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):
     """loss = mse + beta * kl + l1_weight * (mean absolute error) + ms_ssim_weight * (1 - MS-SSIM) -> loss, mse, kl.
 
-    mse: mean over pixels in [-1, 1]. kl: KL(q(z|x) || N(0, I)) [nats], summed over a picture's latent (Kingma & Welling,
-    appendix B), averaged over the batch. Up to a factor and a constant, mse + beta * kl is the negative ELBO (Eq. 10) with
-    p(x|z) = N(x_hat, s^2 I) and beta = 2 s^2 / N for pictures of N numbers. The recipe's beta means s = 0.5.
+    mse: mean over pixels in [-1, 1]. kl: KL(q(z|x) || N(0, I)) [nats], summed over a latent (Kingma & Welling, appendix
+    B), averaged over the batch. Up to a factor and a constant, mse + beta * kl is the negative ELBO (Eq. 10) with
+    p(x|z) = N(x_hat, s^2 I) and beta = 2 s^2 / N, where N = 3 H W. The recipe's beta means s = 0.5.
     """
     mse = F.mse_loss(x_hat, x)
     kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()
@@ -229,29 +229,29 @@ def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):
 
 
 def ms_ssim(a, b):
-    """Multi-scale structural similarity of pictures (B, C, H, W) in [0, 1] -> scalar, 1 if equal (Wang et al., Eq. 7).
+    """MS-SSIM of pictures (B, C, H, W) in [0, 1] -> scalar, 1 if they are equal (Wang et al. 2003, Eq. 7).
 
-    Five scales, each half the one before; fewer if the window does not fit into all. Exponents are scaled to a sum of 1.
+    Up to five scales, each half the one before: all that the window fits into. Their exponents are scaled to sum to 1.
     """
     scales = 1 + sum(min(a.shape[2:]) >> k >= SSIM_WINDOW for k in range(1, len(MS_SSIM_EXPONENTS)))
     exponents, product = MS_SSIM_EXPONENTS[:scales], 1.0
     for i, exponent in enumerate(exponents):
-        ssim, structure = structural_similarity(a, b)
-        similarity = ssim if i == scales - 1 else structure  # brightness counts at the coarsest scale alone
-        # clamped: it can be negative, and the power of a negative number is NaN
+        ssim, contrast_structure = structural_similarity(a, b)
+        similarity = ssim if i == scales - 1 else contrast_structure  # luminance counts at the coarsest scale alone
+        # clamped: it can be negative, and a fractional power of a negative number is NaN
         product = product * similarity.clamp(min=1e-4) ** (exponent / sum(exponents))
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return product.mean()
 
 
 def structural_similarity(a, b):
-    """SSIM of pictures (B, C, H, W) in [0, 1], and the same without its brightness factor -> (B, C) each: means over all
+    """SSIM of pictures (B, C, H, W) in [0, 1], and the same without its luminance factor -> (B, C) each: means over all
     places of the window (Wang et al. 2004, Image quality assessment, Eq. 13)."""
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    brightness = (2 * mean_a * mean_b + SSIM_C1) / (mean_a**2 + mean_b**2 + SSIM_C1)
-    structure = (2 * cov + SSIM_C2) / (var_a + var_b + SSIM_C2)
-    return (brightness * structure).mean(dim=(2, 3)), structure.mean(dim=(2, 3))
+    luminance = (2 * mean_a * mean_b + SSIM_C1) / (mean_a**2 + mean_b**2 + SSIM_C1)
+    contrast_structure = (2 * cov + SSIM_C2) / (var_a + var_b + SSIM_C2)
+    return (luminance * contrast_structure).mean(dim=(2, 3)), contrast_structure.mean(dim=(2, 3))
 
 
 def blur(x):
@@ -264,10 +264,10 @@ def blur(x):
 
 @torch.no_grad()
 def held_out_figures(vae, batches):
-    """How well unseen pictures are kept, and how near their latents are to N(0, 1) -> dict of floats.
+    """How well the VAE keeps unseen pictures, and how near their latents are to N(0, I) -> dict of floats.
 
-    batches: an iterable of x (B, 3, H, W) in [-1, 1]. mse: of x_hat decoded from a drawn z. psnr_db: of that mse, for a
-    range of 2. latent_mean, latent_std: over all of z. latent_mean_0, latent_std_0, ...: by channel.
+    batches: an iterable of x (B, 3, H, W) in [-1, 1]. mse: of x_hat decoded from a drawn z. psnr_db: of that mse.
+    latent_mean, latent_std: over all of z. latent_mean_0, latent_std_0, ...: per channel.
     """
     count, mse, moments = 0, 0.0, 0.0
     for x in batches:
@@ -276,10 +276,10 @@ def held_out_figures(vae, batches):
         mse += F.mse_loss(vae.decoder(z), x).item() * len(x)
         moments += torch.stack([z.mean(dim=(0, 2, 3)), z.square().mean(dim=(0, 2, 3))]).cpu().double() * len(x)
         count += len(x)
-    mean, square = moments / count  # (C,) each
+    mean, mean_square = moments / count  # (C,) each
     figures = {"mse": mse / count, "psnr_db": 10 * math.log10(4 * count / mse) if 0 < mse < math.inf else math.nan}
     figures["latent_mean"] = mean.mean().item()
-    figures["latent_std"] = (square.mean() - mean.mean() ** 2).sqrt().item()
-    for c, (m, s) in enumerate(zip(mean, (square - mean**2).sqrt())):
+    figures["latent_std"] = (mean_square.mean() - mean.mean() ** 2).sqrt().item()
+    for c, (m, s) in enumerate(zip(mean, (mean_square - mean**2).sqrt())):
         figures |= {f"latent_mean_{c}": m.item(), f"latent_std_{c}": s.item()}
     return figures

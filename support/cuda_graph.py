@@ -2,7 +2,7 @@
 
 A step of the U-Net is some 2,800 kernels of a few microseconds each, and Python takes longer to ask for one than a large
 GPU to run it. A recording asks once. What it is not: a compiler. The kernels stay the same, and so do the results;
-torch.compile makes fewer and faster ones, and what it has made can be recorded too. On other devices nothing happens here.
+torch.compile makes fewer and faster ones, which can be recorded too. On other devices nothing happens here.
 """
 
 import sys
@@ -16,10 +16,10 @@ WARM_UP = 3  # calls before the recording: libraries and torch.compile choose th
 def record_cuda_graph(function, device, parameters=()):
     """-> the same function; on CUDA, from its fourth call with arguments of the same shapes on, a replay of its kernels.
 
-    function(*arguments) -> a tensor, a tuple of them or nothing; arguments that are no tensors are compared by value. It must do
-    the same at every call: draw nothing at random, read nothing back from the GPU, take from outside nothing but weights,
-    which must stay where they are in memory. All calls are under one autocast and one grad mode. parameters: those whose
-    .grad it leaves behind. What cannot be recorded runs as it is, after a warning.
+    function(*arguments) -> a tensor, a tuple of them or nothing; arguments that are no tensors are compared by value. It
+    must do the same at every call: draw nothing at random, read nothing back from the GPU, take from outside nothing but
+    weights, which must stay where they are in memory. All calls are under one autocast and one grad mode. parameters:
+    those whose .grad it leaves behind. What cannot be recorded runs as it is, after a warning.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -47,7 +47,10 @@ def record(function, arguments, parameters, pool):
         with torch.cuda.graph(graph, pool=pool):
             outputs = function(*own)
     except RuntimeError as e:
-        leave_recording(stream)
+        # back to the stream before the recording, with a generator that does not take part in it
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
         why = (str(e.__context__ or e).strip().splitlines() or [""])[0][:200]  # ending a failed recording fails too
         print(f"warning: no CUDA graph can be made here ({why}); each step takes longer", file=sys.stderr)
         return function
@@ -65,17 +68,10 @@ def record(function, arguments, parameters, pool):
 
 def copies(outputs):
     """Of a tensor, a tuple of them, or nothing."""
-    if outputs is None or isinstance(outputs, torch.Tensor):
-        return outputs if outputs is None else outputs.clone()
-    return tuple(output.clone() for output in outputs)
+    if isinstance(outputs, tuple):
+        return tuple(map(copies, outputs))
+    return None if outputs is None else outputs.clone()
 
 
 def tensors_of(arguments):
     return [a for a in arguments if isinstance(a, torch.Tensor)]
-
-
-def leave_recording(stream):
-    """After a recording that failed: back to the stream before it, with a generator that does not take part in it."""
-    torch.cuda.set_stream(stream)
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())

@@ -32,16 +32,16 @@ def run_script(main):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-        leave_process_group()
+        if group := process_group():
+            group.barrier()  # rank 0 may still be writing
+            group.destroy_process_group()
     except UserError as e:
         fail(e)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as e:
-        fail(explain_os_error(e))
-    except (RuntimeError, MemoryError) as e:
-        message = explain_runtime_error(e)
+    except (OSError, RuntimeError, MemoryError) as e:
+        message = explain(e)
         if message is None:  # a fault of ours: show the traceback
             raise
         fail(message)
@@ -53,16 +53,13 @@ def run_script(main):
             signal.signal(number, handler)
 
 
-def explain_os_error(e):
-    if e.errno in (errno.EMFILE, errno.ENFILE):
-        return "--num_workers: too many files are open at once; give fewer, or 0"
-    if e.filename:
-        return f"{e.filename}: {e.strerror}; check the path, its permissions and the disk"
-    return last_line(e)
-
-
-def explain_runtime_error(e):
-    """-> what a user can do about an error of PyTorch, or None if nothing."""
+def explain(e):
+    """-> what a user can do about an error of the system or of PyTorch, or None if nothing."""
+    last_line = str(e).strip().split("\n")[-1].removeprefix("OSError: ")  # of another process's error: what it was
+    if isinstance(e, OSError):
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            return "--num_workers: too many files are open at once; give fewer, or 0"
+        return f"{e.filename}: {e.strerror}; check the path, its permissions and the disk" if e.filename else last_line
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = str(e).strip().splitlines()[0][:200]
         return f"--compile: torch.compile does not work here ({why}); give --no-compile"
@@ -71,43 +68,28 @@ def explain_runtime_error(e):
     if isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY):
         return "--batch_size (of sample.py --size): not enough memory; give a smaller one, or fewer --max_images"
     if any(words in str(e) for words in ANOTHER_ENDED):
-        return (
-            f"another process of this run has ended and says why ({last_line(e)}); mend that, and the same command "
-            "goes on from the last save"
-        )
+        remedy = "mend that, and the same command goes on from the last save"
+        return f"another process of this run has ended and says why ({last_line}); {remedy}"
     return None
-
-
-def last_line(e):
-    """An error that comes from another process says in its last line what it was."""
-    return str(e).strip().split("\n")[-1].removeprefix("OSError: ")
 
 
 def make_output_safe():
     """Keep working when stdout is closed from the start, or cannot show a character of a file's name."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
-def in_process_group():
-    """Whether torchrun has started this process among others."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def leave_process_group():
-    if in_process_group():
-        from torch import distributed
-
-        distributed.barrier()  # rank 0 may still be writing
-        distributed.destroy_process_group()
+def process_group():
+    """torch.distributed, where torchrun has started this process among others; else None."""
+    group = getattr(sys.modules.get("torch"), "distributed", None)
+    return group if group and group.is_available() and group.is_initialized() else None
 
 
 def usage_error(message):
-    """Exit with code 2 and one line, for flags that only the run can tell to be wrong."""
+    """Exit with code 2 and one line."""
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -117,7 +99,7 @@ def fail(message):
     if sys.stderr.isatty():
         print(file=sys.stderr)  # leave the line of a progress bar
     message = f"error: {printable(message)}"
-    if in_process_group():  # a plain exit would close the group, and may wait for ever for what a GPU has begun
+    if process_group():  # a plain exit would close the group, and may wait for ever for what a GPU has begun
         with contextlib.suppress(OSError, ValueError):
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()

@@ -3,7 +3,7 @@
   python sample.py --export DIR
 
 Writes everything or nothing: vae/ and unet/ (safetensors, float32), scheduler/, README.md (a model card with code that
-runs), and with CLIP text_encoder/, tokenizer/ and model_index.json, which make it a pipeline. A run with the embedded
+runs), and with CLIP text_encoder/, tokenizer/ and model_index.json, which make it a pipeline. A run with the built-in
 encoder gets text_encoder.py instead; the pipeline takes its embeddings.
 What it is not: diffusers, which is never imported here, nor a conversion: vae.py and unet.py use its names already.
 Format: what diffusers' save_pretrained() writes. Opened with diffusers 0.42 and transformers 5.24, and 0.35 and 4.57.

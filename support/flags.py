@@ -6,21 +6,25 @@ What it is not: it holds no defaults of the training; those are in config.py.
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
 from samplers import SAMPLERS, choose_sampler
 from support.errors import UserError, printable, usage_error
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
-    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs optimizer lr lr_schedule "
-    "lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
+    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs optimizer lr "
+    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
 )
 PRESET_HELP = (
     "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
-    "coco256, coco512 (coco at other sizes) or demo (embedded data, minutes on a CPU); default: coco if its captions are "
+    "coco256, coco512 (coco at other sizes) or demo (built-in data, minutes on a CPU); default: coco if its captions are "
     "there, else demo"
 )
+
+
+SETTINGS = [f.name for f in fields(SDConfig)]
+GUIDANCE = "guidance_scale", "guidance_interval", "guidance_rescale"  # of a run; flags of sampling come before them
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,10 +59,9 @@ def parse_training_args(description, stage, argv=None):
     parser.add_argument("--overwrite", action="store_true", help="start over where a run already is")
     parser.add_argument("--max_steps", type=positive_int, metavar="N", help="stop after N steps as a whole run would")
     group = parser.add_argument_group("settings (fields of SDConfig), with the defaults of preset coco")
-    add_config_flags(group, preset_config("coco", stage))
+    add_config_flags(group, SETTINGS, preset_config("coco", stage))
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(SDConfig) if hasattr(args, f.name)}
-    args.given = given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    args.given = given = given_settings(args, SETTINGS)
     args.preset, reason = choose_preset(args.preset, given)
     args.run_dir = os.path.join("runs", args.preset) if args.run_dir is None else args.run_dir
     try:
@@ -69,7 +72,7 @@ def parse_training_args(description, stage, argv=None):
         cfg = preset_config(args.preset, stage, given)
         check_finetuning(cfg.finetune_decoder_of, args.run_dir, stage)
     except UserError as e:
-        parser.exit(2, f"error: {printable(e)}\n")
+        usage_error(e)
     others = ", ".join(name for name in PRESETS if name != args.preset)
     print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
     return cfg, args
@@ -80,19 +83,25 @@ def preset_config(preset, stage, given=()):
     return SDConfig(**(PRESETS[preset] | (VAE_PRESETS[preset] if stage == "vae" else {}) | dict(given)))
 
 
-def add_config_flags(parser, shown):
+def add_config_flags(parser, names, shown=None):
     """One flag per field of SDConfig, spelled like the field; a flag not given leaves nothing behind.
 
-    shown: the SDConfig whose values --help shows.
+    shown: the SDConfig whose values --help shows as defaults; without it they are those of a run.
     """
-    for f in fields(SDConfig):
-        many, kind, value = isinstance(f.default, tuple), kind_of(f), getattr(shown, f.name)
-        text = "auto" if value is None else " ".join(map(str, value)) if many else value
+    for f in (f for f in fields(SDConfig) if f.name in names):
+        many, kind, value = isinstance(f.default, tuple), kind_of(f), getattr(shown, f.name, "the run's")
+        text = "auto" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else value
         options = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {text})".replace("%", "%%"))
         if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(f"--{f.name}", type=kind, nargs="+" if many else None, metavar=kind.__name__, **options)
+
+
+def given_settings(args, names):
+    """-> {name: value} of those settings that are on the command line."""
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def choose_preset(asked, given):
@@ -137,50 +146,30 @@ def add_sampling_flags(parser):
     add("--steps", type=positive_int, help="denoising steps, at most T but for flow (default: the run's sample_steps)")
     add("--sampler", choices=SAMPLERS, help="ddpm, ddim or dpmpp_2m; for flow euler or heun (default: ddpm, euler)")
     add("--eta", type=float, default=0.0, help="randomness of ddim, 0 to 1 (default: 0)")
-    add("--guidance_scale", type=float, help="how much the prompt is exaggerated; 1 = not (default: the run's)")
-    interval = "part of the schedule to guide in: 0 is clean, 1 pure noise (default: the run's)"
-    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    add(
-        "--guidance_rescale",
-        type=float,
-        help="0 to 1: how much of the guided contrast is taken back (default: the run's)",
-    )
+    add_config_flags(parser, GUIDANCE)
     add("--negative_prompt", default="", help="what guidance leads away from (default: the empty caption)")
 
 
 def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
     steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
-    scale = cfg.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    low, high = args.guidance_interval or cfg.guidance_interval
-    rescale = cfg.guidance_rescale if args.guidance_rescale is None else args.guidance_rescale
+    guidance = {name: getattr(cfg, name) for name in GUIDANCE} | given_settings(args, GUIDANCE)
+    scale = guidance["guidance_scale"]
     ddim = "leave it out" if flow else "give --sampler ddim, or leave it out"
     try:
         check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
         check(0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1")
         check(args.eta == 0 or args.sampler == "ddim", "eta", f"is read by ddim alone; {ddim}")
-        check(abs(scale) <= LARGEST, "guidance_scale", f"{scale} is out of range; give a number")
-        rising = 0 <= low <= high <= 1
-        check(rising, "guidance_interval", f"{low} {high} is out of range; give two rising numbers in 0 to 1")
-        check(0 <= rescale <= 1, "guidance_rescale", f"{rescale} is out of range; give 0 to 1")
-        acts = scale != 1 or not args.negative_prompt
-        check(acts, "negative_prompt", "acts by guidance alone; give a --guidance_scale above 1")
+        replace(cfg, **guidance, caption_dropout=cfg.caption_dropout or 1.0)  # where it was 0, there is a warning below
+        lacking = "acts by guidance alone; give a --guidance_scale above 1"
+        check(scale != 1 or not args.negative_prompt, "negative_prompt", lacking)
         sampler = choose_sampler(cfg.prediction_type, args.sampler)
     except UserError as e:
         usage_error(e)
     except ValueError as e:
         usage_error(f"--sampler: {e}")
     if scale != 1 and not cfg.caption_dropout:
-        print(
-            "warning: the run was trained without --caption_dropout; guidance has nothing to compare with",
-            file=sys.stderr,
-        )
-    return {
-        "num_steps": steps,
-        "sampler": sampler,
-        "eta": args.eta,
-        "guidance_scale": scale,
-        "negative_prompt": args.negative_prompt,
-        "guidance_interval": (low, high),
-        "guidance_rescale": rescale,
-    }
+        nothing = "the run was trained without --caption_dropout; guidance has nothing to compare with"
+        print(f"warning: {nothing}", file=sys.stderr)
+    options = {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": scale}
+    return options | {"negative_prompt": args.negative_prompt} | guidance

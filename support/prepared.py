@@ -1,8 +1,9 @@
-"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Memory-mapped: they take no memory.
+"""Arrays that are computed once and kept: decoded pictures, latents, embedded captions. Mapped: they take no memory.
 
-Rows are appended to a .part file as they come, their checksums to a .log, so that a build that was stopped goes on after
-its last whole row. When all are there the file gets its name, and a manifest says what it was made of and its SHA-256.
-For a row that cannot be had the log says why, and the file holds nothing.
+A file holds rows one after the other. The manifest beside it says what they are made of, how many there are, their
+SHA-256, and why some could not be had; of those the file holds nothing. While a file is built, the manifest is saved
+every few seconds and at a stop, and the next build goes on after the rows that it names. Rows are used only if their
+SHA-256 is as the manifest says, be the file whole or not.
 
 What it is not: it knows no pictures and no models. The key says what an array depends on; another key is another file,
 and a file that is not what its manifest says is made again, never used.
@@ -12,11 +13,13 @@ import contextlib
 import errno
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
+import time
 import warnings
-import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,10 +34,15 @@ except ImportError:  # Windows: two builds at once do not wait for each other th
     fcntl = None
 
 MAX_MANIFEST_BYTES = 64 << 20  # it lists the rows that could not be had
+SECONDS_BETWEEN_SAVES = 10  # of a build's manifest: what a kill -9 or a power cut costs
 
 
-class RowsFailed(Exception):
-    """An error of whoever computes the rows, on its way past what handles those of the disk."""
+class Rows(NamedTuple):
+    """What a file holds: the rows before number `done`, but for the bad ones, {number: why}. sha256: a hash object."""
+
+    done: int
+    bad: dict
+    sha256: object
 
 
 def prepare(folder, name, key, row_shape, dtype, count, rows, together=1, still_bad=lambda i: True):
@@ -50,25 +58,29 @@ def prepare(folder, name, key, row_shape, dtype, count, rows, together=1, still_
     if not folder:
         return in_memory(row_shape, dtype, count, rows)
     path = os.path.join(folder, f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}")
-    manifest = check(path, key, row_bytes, still_bad)
-    if manifest is None:
+    kept = rows_kept(path, key, row_bytes, still_bad)
+    if kept.done < count:
         with build_lock(path):
-            manifest = check(path, key, row_bytes, still_bad)  # another process may have built it meanwhile
-            if manifest is None:
-                if os.path.exists(f"{path}.json"):
+            kept = rows_kept(path, key, row_bytes, still_bad)  # another process may have built it meanwhile
+            if kept.done < count:
+                if not kept.done and os.path.exists(f"{path}.json"):
                     print(f"warning: {path}: not what was prepared, or lacks what can be had now; it is made again")
                 print(f"{name}: preparing {count * row_bytes / 1e6:.0f} MB in {path}")
-                remove(f"{path}.json", path)
-                manifest = build(path, key, row_bytes, count, rows, together, still_bad)
-    bad = {int(i): why for i, why in manifest["bad"].items()}
-    if len(bad) == count:
-        return torch.empty(0, *row_shape), bad
+                build(path, key, row_bytes, kept, rows, together)
+                kept = rows_kept(path, key, row_bytes)
+    if kept.done < count:  # where locks do not hold, two builds end up in one file
+        raise UserError(
+            f"{path}: was written to or removed while it was made; let no two runs use a --cache_dir at once on this file "
+            "system, then give the same command again"
+        )
+    if len(kept.bad) == count:
+        return torch.empty(0, *row_shape), kept.bad
     print(f"{name}: {path}")
-    return mapped(path, dtype, (count - len(bad), *row_shape)), bad
+    return mapped(path, dtype, (count - len(kept.bad), *row_shape)), kept.bad
 
 
 def source_hash(*objects):
-    """SHA-256 of the source of functions, classes or modules, for a key: rows that older code has made are not used."""
+    """SHA-256 of the source of functions, classes or modules, for a key: rows of older code are not used."""
     return hashlib.sha256("".join(map(inspect.getsource, objects)).encode()).hexdigest()
 
 
@@ -99,148 +111,112 @@ def mapped(path, dtype, shape):
         return torch.from_numpy(array)
 
 
-def check(path, key, row_bytes, still_bad):
-    """The manifest of a whole file that lacks nothing but what cannot be had, else None."""
-    whole = False
+def rows_kept(path, key, row_bytes, still_bad=lambda i: True):
+    """-> Rows: none, if the file is not what its manifest says, or lacks what can be had now."""
+    nothing = kept = Rows(0, {}, hashlib.sha256())
     with contextlib.suppress(UserError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         manifest = json.loads(read_file(f"{path}.json", MAX_MANIFEST_BYTES))
-        size = (key["count"] - len(manifest["bad"])) * row_bytes
-        bad = [int(i) for i in manifest["bad"]]
-        whole = manifest["sha256"] == own_hash(manifest) and manifest["key"] == key and os.path.getsize(path) == size
-        whole = whole and manifest["content"] == file_sha256(path)
+        if manifest["sha256"] == own_hash(manifest) and manifest["key"] == key:
+            done, bad = manifest.get("done", key["count"]), {int(i): why for i, why in manifest["bad"].items()}
+            sha256 = file_sha256(path, (done - len(bad)) * row_bytes)
+            kept = Rows(done, bad, sha256) if sha256.hexdigest() == manifest["content"] else nothing
     # still_bad() is outside: what it raises is no fault of the file, and must not cost it
-    return manifest if whole and all(map(still_bad, bad)) else None
+    return kept if all(map(still_bad, kept.bad)) else nothing
+
+
+def file_sha256(path, size):
+    """-> hash object of the first `size` bytes of a file."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(min(size, 1 << 20)):
+            sha256.update(block)
+            size -= len(block)
+    return sha256
 
 
 # ---- Building -------------------------------------------------------------------------------------------
 
 
-def build(path, key, row_bytes, count, rows, together, still_bad):
-    """Compute the rows that an earlier, stopped build does not have yet -> the manifest; the file then has its name."""
-    part, log = f"{path}.part", f"{path}.log"
-    try:
-        with open(part, "a+b") as f, open(log, "a+", encoding="utf-8", errors="replace") as notes:
-            bad, done = whole_rows(f, notes, row_bytes, together, still_bad)
-            if done:
-                print(f"{part}: going on after row {done}")
-            if shutil.disk_usage(os.path.dirname(path) or ".").free < (count - done) * row_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # say it now rather than hours later
-            append(f, notes, numbered(rows, done, count), bad)
-            check_size(part, f, (count - len(bad)) * row_bytes)
-        # hash it before it has its name: the manifest must follow at once, a file without one is worth nothing
-        manifest = {"key": key, "bad": {str(i): why for i, why in bad.items()}, "content": file_sha256(part)}
-        manifest["sha256"] = own_hash(manifest)
-        os.replace(part, path)
-        write_file(f"{path}.json", json.dumps(manifest, indent=1).encode())
-        remove(log)
-        return manifest
-    except RowsFailed as e:
-        raise e.__cause__ from None
-    except OSError as e:
-        raise UserError(
-            f"{part}: could not be written ({e.strerror}; {count * row_bytes / 1e6:.0f} MB needed in all, "
-            f"{free_megabytes(path)} free); make room, or give another --cache_dir; what is prepared is kept"
-        ) from None
+def build(path, key, row_bytes, kept, rows, together):
+    """Compute the rows that are not kept yet. Whatever stops it, the next build goes on with what it leaves."""
+    count, size, last_save = key["count"], key["count"] * row_bytes, time.monotonic()
+    with disk_errors(path, size):
+        if kept.done:
+            print(f"{path}: going on after row {kept.done}")
+        else:
+            remove(f"{path}.json", path)  # not cut to nothing: another process may have mapped it
+        if shutil.disk_usage(os.path.dirname(path)).free < (count - kept.done) * row_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # say it now rather than hours later
+        f = open(path, "ab", buffering=0)
+    with f:
+        f.truncate((kept.done - len(kept.bad)) * row_bytes)
+        computed = iter(rows(kept.done))
+        try:
+            while part := list(itertools.islice(computed, together)):
+                with disk_errors(path, size):
+                    kept = append(f, kept, part)
+                    if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
+                        save(path, f, key, kept)
+                        last_save = time.monotonic()
+        finally:
+            with disk_errors(path, size):
+                save(path, f, key, kept)
+    if kept.done != count:
+        raise ValueError(f"{kept.done} rows instead of {count}")
 
 
-def numbered(rows, first, count):
-    """(number, row) of the rows from `first` on; ValueError if they are not as many as there should be."""
-    number = first
-    try:
-        for row in rows(first):
-            yield number, row
-            number += 1
-    except OSError as e:
-        raise RowsFailed from e
-    if number != count:
-        raise ValueError(f"{number} rows instead of {count}")
+def append(f, kept, rows):
+    """Write the next rows -> Rows, all of them or, if this is stopped, none."""
+    data = b"".join(row.tobytes() for row in rows if not isinstance(row, str))
+    if f.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sha256 = kept.sha256.copy()
+    sha256.update(data)
+    bad = {number: row for number, row in enumerate(rows, kept.done) if isinstance(row, str)}
+    return Rows(kept.done + len(rows), kept.bad | bad, sha256)
 
 
-def append(f, notes, rows, bad):
-    for number, row in rows:
-        why = row if isinstance(row, str) else None
-        data = np.ascontiguousarray(row) if why is None else b""
-        f.write(data)
-        notes.write(json.dumps([zlib.crc32(data, number), why]) + "\n")
-        if why is not None:
-            bad[number] = why
-    f.flush()
+def save(path, f, key, kept):
+    """Write the manifest of the rows in the file, once they are on the disk."""
+    if not kept.done:
+        return
     os.fsync(f.fileno())
+    manifest = {"key": key, "bad": {str(i): why for i, why in kept.bad.items()}, "content": kept.sha256.hexdigest()}
+    if kept.done < key["count"]:
+        manifest["done"] = kept.done
+    manifest["sha256"] = own_hash(manifest)
+    write_file(f"{path}.json", json.dumps(manifest, indent=1).encode())
 
 
-def check_size(part, f, size):
-    """UserError if the file holds not just what was written: where locks do not hold, two builds end up in one file."""
-    written = os.fstat(f.fileno())
-    if written.st_size != size or not os.path.samestat(written, os.stat(part)):
-        raise UserError(
-            f"{part}: was written to or removed while it was made; let no two runs use a --cache_dir at once on this file "
-            "system, then give the same command again"
-        )
-
-
-def whole_rows(f, notes, row_bytes, together, still_bad):
-    """What a stopped build left -> {bad row: why}, number of rows; both files are cut there.
-
-    A row counts if the log has a line with its checksum: row and line reach the disk in any order, or not at all, when
-    the power goes. A row that could not be had must still be so. A checksum begins with the row's number, so that rows
-    which two builds have written in turns do not pass.
-    """
-    f.seek(0)
-    notes.seek(0)
-    lines, whys = [], []
-    for line in notes:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            checksum, why = json.loads(line)
-            size = row_bytes if why is None else 0
-            data = f.read(size)
-            if line.endswith("\n") and len(data) == size and zlib.crc32(data, len(lines)) == checksum:
-                lines.append(line)
-                whys.append(why)
-                continue
-        break
-    done = first_mended(whys, still_bad)
-    done -= done % together
-    f.truncate(whys[:done].count(None) * row_bytes)
-    notes.truncate(0)
-    notes.writelines(lines[:done])
-    return {i: str(why) for i, why in enumerate(whys[:done]) if why is not None}, done
-
-
-def first_mended(whys, still_bad):
-    """The number of the first row that could not be had and now can, else how many there are."""
+@contextlib.contextmanager
+def disk_errors(path, size):
+    """Of what writes a file of `size` bytes: UserError instead of OSError, which does not say of which file it is."""
     try:
-        return next((i for i, why in enumerate(whys) if why is not None and not still_bad(i)), len(whys))
+        yield
     except OSError as e:
-        raise RowsFailed from e
+        raise UserError(
+            f"{path}: could not be written ({e.strerror}; {size / 1e6:.0f} MB needed in all, {free_megabytes(path)} free); "
+            "make room, or give another --cache_dir; what is prepared is kept"
+        ) from None
 
 
 @contextlib.contextmanager
 def build_lock(path):
     """One builder of a file at a time, the others wait for it; the system frees the lock however that one ends."""
-    what = "made"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.lock", "a") as f:
-            what = "locked"
+        f = open(f"{path}.lock", "a")
+        if fcntl:
             wait_for_lock(f, path)
-            what = None
-            yield
     except OSError as e:
-        if what is None:
-            raise
-        raise UserError(f"{path}: cannot be {what} ({e.strerror}); give another --cache_dir") from None
+        raise UserError(f"{path}: cannot be made or locked ({e.strerror}); give another --cache_dir") from None
+    with f:
+        yield
 
 
 def wait_for_lock(f, path):
-    if not fcntl:
-        return
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # either is how a system says that it is taken
         print(f"{path}: waiting for another process that prepares it", flush=True)
         fcntl.lockf(f, fcntl.LOCK_EX)
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -45,12 +45,11 @@ class World(NamedTuple):
         """The module to call in training: several processes average its gradients."""
         if self.size == 1:
             return module
-        from torch.nn.parallel import DistributedDataParallel
-
-        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
+        devices = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
     def share(self, count):
-        """-> slice: the samples of a batch of `count` that this process computes; the first, where none is left for it."""
+        """-> slice: the samples of a batch of `count` that this process computes; the first, if none is left for it."""
         return slice(self.rank, count, self.size) if self.rank < count else slice(0, 1)
 
     def micro_batches(self, count, parts):
@@ -84,10 +83,8 @@ def join_world():
     try:
         size, rank, local_rank, _ = (int(os.environ[k]) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
     except (KeyError, ValueError) as e:
-        raise UserError(
-            f"WORLD_SIZE: is set in the environment, but what goes with it is not ({e}); start several processes by "
-            "torchrun, or unset it"
-        ) from None
+        what = f"is set in the environment, but what goes with it is not ({e})"
+        raise UserError(f"WORLD_SIZE: {what}; start several processes by torchrun, or unset it") from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node: process {local_rank} has no GPU; give {torch.cuda.device_count()}")

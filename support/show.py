@@ -49,7 +49,7 @@ class Progress:
 
 
 def append_csv(path, row):
-    """Append one row (a dict) to a CSV file, with a header if it is new. Columns that older rows lack stay empty there."""
+    """Append one row (a dict) to a CSV file, with a header if it is new. What older rows lack stays empty there."""
     row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
     if os.path.exists(path) and csv_header(path) != list(row):
         write_file(path, csv_text(row, csv_rows(path)).encode())

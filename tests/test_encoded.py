@@ -40,7 +40,7 @@ def test_latents_that_are_all_there_but_not_named_yet_are_used(tiny, tmp_path, m
     vae, pixels = randomize(AutoencoderKL(tiny)), torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
     cfg = replace(tiny, cache_dir=str(tmp_path))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("support.prepared.file_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("support.prepared.file_sha256", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         encode_pictures(vae, pixels, ABOUT, "cpu", cfg, "encode")
     vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("they are there"))
     assert encode_pictures(vae, pixels, ABOUT, "cpu", cfg, "encode").shape[0] == 32

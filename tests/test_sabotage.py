@@ -151,17 +151,20 @@ COPIES = {
     ),
     # prepared arrays
     "a stopped preparation is trusted": Copy(
-        PREPARED, "and zlib.crc32(data, len(lines)) == checksum", "", OF_PREPARED, "only_as_far"
+        PREPARED, 'sha256.hexdigest() == manifest["content"]', "True", OF_PREPARED, "only_if_it_is_whole"
     ),
     "two builds end in one file": Copy(
         PREPARED,
-        "            check_size(part, f, (count - len(bad)) * row_bytes)\n",
-        "",
+        "                kept = rows_kept(path, key, row_bytes)\n",
+        "                return mapped(path, dtype, (count, *row_shape)), {}\n",
         OF_PREPARED,
         "locks_do_not_hold",
     ),
-    "a cache is not checked": Copy(
-        PREPARED, 'manifest["content"] == file_sha256(path)', "True", OF_PREPARED, "damaged_file and flip"
+    "a stop leaves the sum of other rows": Copy(
+        PREPARED, "kept.sha256.copy()", "kept.sha256", OF_PREPARED, "within_a_row"
+    ),
+    "a manifest is believed": Copy(
+        PREPARED, 'manifest["sha256"] == own_hash(manifest)', "True", OF_PREPARED, "manifest_that_was_changed"
     ),
     "a cache of other pictures": Copy("data.py", ", found.st_ctime_ns", "", OF_PREPARED, "same_names"),
     # text, sampling, export
