@@ -60,11 +60,9 @@ def main():
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
-    measures = {}  # loaded now, because what they need may not be there
-    if args.fid is not None:
-        measures["fid"] = published.load_fid(args.fid, device)
-    if args.clip_score is not None:
-        measures["clip_score"] = published.load_clip_score(args.clip_score, device)
+    # load the measures now, because what they need may not be there
+    sources = ("fid", published.load_fid, args.fid), ("clip_score", published.load_clip_score, args.clip_score)
+    measures = {name: load(source, device) for name, load, source in sources if source is not None}
 
     # ---- Data ----
     train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
@@ -164,30 +162,41 @@ def encode(run, pixels):
 @torch.no_grad()
 def through_vae(run, pixels):
     """uint8 pictures (N, 3, S, S) -> the same as the VAE shows them, decoded from a draw of their latents."""
-    parts = []
-    for x in batches(pixels, run.device):
-        x_hat = run.vae.decoder(reparameterize(*run.vae.encode(x))).clamp(-1, 1)
-        parts.append(((x_hat + 1) * 127.5).round().byte().cpu())
-    return torch.cat(parts)
+    shown = (run.vae(x)[2].clamp(-1, 1) for x in batches(pixels, run.device))
+    return torch.cat([((x_hat + 1) * 127.5).round().byte().cpu() for x_hat in shown])
 
 
 def caption_losses(run, latents, captions):
     """Held-out losses at times t -> t, loss: (LOSS_DRAWS N,) each; {shuffled, empty: what other captions cost more}.
 
-    All at the same z, t and noise; picture i has the rows i, i + N, i + 2N ... Standard errors are over pictures.
+    All at the same z, t and noise; picture i has the rows i, i + N, i + 2N ... Standard errors are over the pictures
+    whose caption is another; None, and why, where there are none.
     """
-    others = captions[1:] + captions[:1]  # the pictures are in no order, so the next one is any other
-    losses, gaps, networks = {}, {}, (run.unet, run.t_embedder, run.text_encoder)
-    for kind, texts in {"matched": captions, "shuffled": others, "empty": [""] * len(captions)}.items():
+
+    def losses(texts):
         seed_step(run.cfg.seed, 1)
         z = torch.cat([reparameterize(*latents) for _ in range(LOSS_DRAWS)]).to(run.device)
-        t, loss = held_out_losses(*networks, z, texts * LOSS_DRAWS, configured_process(run.cfg), BATCH)
-        losses[kind] = loss.cpu().double()
-    for kind in ("shuffled", "empty"):
-        gap = (losses[kind] - losses["matched"]).view(LOSS_DRAWS, -1).mean(dim=0)  # (N,)
+        networks, process = (run.unet, run.t_embedder, run.text_encoder), configured_process(run.cfg)
+        t, loss = held_out_losses(*networks, z, texts * LOSS_DRAWS, process, BATCH)
+        return t.cpu(), loss.cpu().double()
+
+    t, matched = losses(captions)
+    gaps = {}
+    for kind, texts in {"shuffled": other_captions(captions), "empty": [""] * len(captions)}.items():
+        differs = torch.tensor([text != own for text, own in zip(texts, captions)])
+        gap = (losses(texts)[1] - matched).view(LOSS_DRAWS, -1).mean(dim=0)[differs]
         error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else None
-        gaps[kind] = {"gap": gap.mean().item(), "standard_error": error}
-    return t.cpu(), losses["matched"], gaps
+        gaps[kind] = {"gap": gap.mean().item(), "standard_error": error} if len(gap) else None
+    if gaps["shuffled"] is None:
+        gaps["why"] = "no two held-out captions differ"
+    return t, matched, gaps
+
+
+def other_captions(captions):
+    """For each picture the caption of the next one that has another; its own where all are alike."""
+    twice = captions + captions  # the pictures are in no order, so the next one is any other
+    following = (twice[i : i + len(captions)] for i in range(len(captions)))
+    return [next((text for text in texts if text != texts[0]), texts[0]) for texts in following]
 
 
 @torch.no_grad()
@@ -273,17 +282,17 @@ def distances(judge, generated, real, device):
 def words_heard(judge, words, why, prompts, sets, split, device):
     """Mean AUC with which the judge reads the prompts' words off pictures of these prompts, real ones and generated.
 
-    words: [(column of the judge's logits, word)]; sets: {what: uint8 (N, 3, S, S)}. share: what generated pictures have
+    words: {word: column of the judge's logits}; sets: {what: uint8 (N, 3, S, S)}. share: what generated pictures have
     above 0.5, divided by what real ones through the VAE have. {"words": 0, "why": ...} where nothing can be measured.
     """
-    said = judges.label([[prompt] for prompt in prompts], [word for _, word in words], split) > 0  # (N, W)
+    if (sets["real"] == sets["real"][0]).all():
+        return {"words": 0, "why": why or "the held-out pictures are all alike; hold out more"}
+    said = judges.label([[prompt] for prompt in prompts], list(words), split) > 0  # (N, W)
     asked = [i for i, row in enumerate(said.T) if min(row.sum(), (~row).sum()) >= LEAST_PROMPTS]
     if not asked:
-        return {
-            "words": 0,
-            "why": why or f"no word that the judge reads is in {LEAST_PROMPTS} of the prompts; ask more",
-        }
-    columns, figures = [words[i][0] for i in asked], {"words": len(asked)}
+        too_few = f"no word that the judge reads is in {LEAST_PROMPTS} of the prompts; ask more"
+        return {"words": 0, "why": why or too_few}
+    columns, figures = torch.tensor([*words.values()])[asked], {"words": len(asked)}
     for kind, pixels in sets.items():
         scores = judges.read_words(judge, batches(pixels, device))[:, columns]
         figures[kind] = metrics.auc(scores, said[:, asked]).mean().item()
@@ -307,20 +316,19 @@ def memorisation(generated, held_out, train, cfg, path):
     """Root mean squared differences, in pixel values of [0, 1], to the nearest training picture at NEAREST_SIZE.
 
     nearer: share of the generated pictures that are nearer than the nearest 5 % of the held-out ones, about 0.05 if
-    nothing is memorised. path: PNG of the closest pairs, the generated picture on the left.
+    nothing is memorised. None where those tell nothing: all are as near, or 5 % are copies of training pictures.
+    path: PNG of the closest pairs, the generated picture on the left.
     """
-
-    def chunks():
-        for mirrored in (False, True) if cfg.horizontal_flips else (False,):
-            for x in train.split(1024):
-                yield metrics.shrink(x.flip(3) if mirrored else x, NEAREST_SIZE)
-
-    distance, number = metrics.nearest_rows(metrics.shrink(generated, NEAREST_SIZE), chunks())
-    usual, _ = metrics.nearest_rows(metrics.shrink(held_out, NEAREST_SIZE), chunks())
+    flips = (False, True) if cfg.horizontal_flips else (False,)
+    chunks = (metrics.shrink(x.flip(3) if flip else x, NEAREST_SIZE) for flip in flips for x in train.split(1024))
+    both = metrics.shrink(torch.cat([generated, held_out]), NEAREST_SIZE)
+    distance, number = metrics.nearest_rows(both, chunks)
+    distance, usual = distance.split([len(generated), len(held_out)])
     closest, n = distance.argsort()[:NEAREST_SHOWN], len(train)
-    near = torch.stack([train[i] if i < n else train[i - n].flip(2) for i in number[closest].tolist()])
-    show.save_grid(path, torch.stack([generated[closest], near], dim=1).flatten(0, 1).float() / 255, columns=4)
-    figures = {"nearer": (distance < usual.quantile(0.05)).float().mean().item()}
+    copied = torch.stack([train[i] if i < n else train[i - n].flip(2) for i in number[closest].tolist()])
+    show.save_grid(path, torch.stack([generated[closest], copied], dim=1).flatten(0, 1).float() / 255, columns=4)
+    near = usual.quantile(0.05)
+    figures = {"nearer": (distance < near).float().mean().item() if 0 < near < usual.max() else None}
     for kind, values in {"generated": distance, "held_out": usual}.items():
         figures[kind] = {"median": values.median().item(), "least": values.min().item()}
     return figures
@@ -346,6 +354,7 @@ loss ({denoising[target]}) | {denoising[mean]:.4f} |
 loss over white bound | {denoising[white][ratio]:.3f} | 1 is a loss of {denoising[white][bound]:.4f}
 loss over wiener bound | {denoising[wiener][ratio]:.3f} | 1 is a loss of {denoising[wiener][bound]:.4f}
 loss, shuffled - matched caption | {captions[shuffled][gap]:+.4f} | standard error {captions[shuffled][standard_error]:.4f}
+loss, shuffled - matched caption | {captions[why]:.0}- | {captions[why]}
 loss, empty - matched caption | {captions[empty][gap]:+.4f} | standard error {captions[empty][standard_error]:.4f}
 words heard ({words[words]} words), AUC | {words[generated]:.3f} | real {words[real]:.3f}, through the VAE {words[reconstructed]:.3f}
 words heard, of what the VAE shows | {words[share]:.2f} | 1

@@ -7,13 +7,10 @@ The words of photographs (WordJudge) are those that the text encoder splits capt
 not in most captions, and readable: on training pictures that the judge has not learned from, its AUC is above READABLE.
 """
 
-import hashlib
-import io
-import json
-import os
 from collections import Counter
-from contextlib import suppress
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,9 +19,7 @@ import metrics
 import scenes
 from data import Scenes, read_pictures, to_float
 from scenes import COLOURS, PLACES, SUBJECTS, full_caption, make_scene
-from support.errors import UserError
-from support.files import read_file, write_file
-from support.prepared import source_hash
+from support.prepared import prepare, source_hash
 from support.show import Progress, progress_bar
 from training import seed_step
 
@@ -39,7 +34,7 @@ SHOWN_PIXELS = 2**25  # of training pictures that the judge sees as the VAE show
 
 
 class WordJudge(nn.Module):
-    """x: (B, 3, SIDE, SIDE) in [-1, 1] -> features (B, 256), logits of the words (B, W)."""
+    """x: (B, 3, H, W) in [-1, 1] -> features (B, 256), logits of the words (B, W). readable: (W,), set by its training."""
 
     def __init__(self, num_words, width=32):
         super().__init__()
@@ -49,6 +44,7 @@ class WordJudge(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(a, b, s) for a, b, s in zip(widths, widths[1:], strides)))
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(widths[-1], num_words))
+        self.register_buffer("readable", torch.zeros(num_words, dtype=torch.bool))
 
     def forward(self, x):
         features = F.relu(self.norm(self.blocks(self.stem(shrink(x))))).mean(dim=(2, 3))
@@ -81,40 +77,60 @@ def shrink(x):
     return F.interpolate(x.to(on), SIDE, mode="area").to(x.device)
 
 
+def fit(judge, steps, weight_decay, draw_loss, what):
+    """Train a judge by AdamW; the learning rate rises and falls once. draw_loss() -> the loss of a batch that it draws."""
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=LR, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
+    progress = Progress(steps, what)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        draw_loss().backward()
+        optimizer.step()
+        schedule.step()
+        progress.update()
+    progress.close()
+    return judge.eval()
+
+
+def kept(judge, folder, name, key, train):
+    """`judge` with the weights of the one that train() makes: trained once and kept in `folder` ("": not) under `key`."""
+    state = judge.state_dict()
+    sizes = [value.numel() for value in state.values()]
+
+    def rows(first):
+        yield torch.cat([value.flatten().cpu().float() for value in train().state_dict().values()]).numpy()
+
+    (row,), _ = prepare(folder, name, key | {"torch": torch.__version__}, (sum(sizes),), np.float32, 1, rows)
+    judge.load_state_dict({name: part.view(v.shape) for (name, v), part in zip(state.items(), row.split(sizes))})
+    return judge.eval()
+
+
 # ---- The words of photographs ---------------------------------------------------------------------------
 
 
 def word_judge(pixels, captions, split, decode, key, folder, device):
-    """-> (WordJudge, words that it reads, why there are none). Kept in `folder` ("": not).
+    """-> (WordJudge, {word that it reads: column of its logits}, why there are none). Kept in `folder` ("": not).
 
     pixels: uint8 training pictures (N, 3, S, S); captions: N lists of strings; split(caption) -> its words;
     decode(pixels) -> the same as the VAE shows them; key: what pictures, captions and VAE are, to know the file by.
     """
     words = frequent_words(captions, split)
     if not words:
-        why = f"no word is said of {LEAST_PICTURES} training pictures and of no more than half of them"
-        return None, [], why
+        return None, {}, f"no word is said of {LEAST_PICTURES} training pictures and of no more than half of them"
 
-    def make():
-        judge, readable = train_word_judge(pixels, label(captions, words, split), decode, device)
-        return {"weights": cpu_weights(judge), "readable": readable}
-
-    key = {"run": key, "words": words, "code": source_hash(WordJudge, ResidualBlock, train_word_judge, augmented)}
-    found = kept(folder, "judge", key, make)
-    judge = WordJudge(len(words)).to(device).eval()
-    judge.load_state_dict(found["weights"])
-    readable = found["readable"].nonzero().flatten().tolist()
-    why = "" if readable else "the judge can read none of the frequent words off the pictures"
-    return judge, [(i, words[i]) for i in readable], why
+    train = partial(train_word_judge, pixels, captions, words, split, decode, device)
+    key = {"run": key, "words": words}
+    key["code"] = source_hash(WordJudge, ResidualBlock, train_word_judge, fit, augmented)
+    judge = kept(WordJudge(len(words)).to(device), folder, "judge", key, train)
+    columns = {words[i]: i for i in judge.readable.nonzero().flatten().tolist()}
+    return judge, columns, "" if columns else "the judge can read none of the frequent words off the pictures"
 
 
 def frequent_words(captions, split):
     """Words that captions say of enough training pictures, and not of most: most frequent first."""
     said = Counter(word for texts in captions for word in set().union(*map(split, texts)))
     least, most = max(LEAST_PICTURES, SHARE[0] * len(captions)), SHARE[1] * len(captions)
-    return [
-        word for word, count in sorted(said.items(), key=lambda item: (-item[1], item[0])) if least <= count <= most
-    ]
+    return sorted((word for word in said if least <= said[word] <= most), key=lambda word: (-said[word], word))
 
 
 def label(captions, words, split):
@@ -127,35 +143,30 @@ def label(captions, words, split):
     return labels
 
 
-def train_word_judge(pixels, labels, decode, device):
-    """-> WordJudge, and which words it reads (W,) on every tenth picture, which it does not learn from."""
+def train_word_judge(pixels, captions, words, split, decode, device):
+    """-> WordJudge. Which words it reads is tried on every tenth picture, which it does not learn from."""
+    labels = label(captions, words, split).to(device)
+    seed_step(SEED, 1)  # decode() draws, too
     count = max(1, min(len(pixels), SHOWN_PIXELS // pixels[0, 0].numel()))
     looked_at, shown = (small(x).to(device) for x in (pixels, decode(pixels[:count])))
-    labels = labels.to(device)
     unseen = torch.arange(len(pixels)) % 10 == 9
     learned = (~unseen).nonzero().flatten()
     seed_step(SEED, 0)
-    judge = WordJudge(labels.shape[1]).to(device, memory_format=torch.channels_last)
-    steps = min(STEPS, 40 * len(learned) // BATCH + 1)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=LR, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
-    progress = Progress(steps, "train the judge of words")
-    for _ in range(steps):
+    judge = WordJudge(len(words)).to(device, memory_format=torch.channels_last)
+
+    def draw_loss():
         index = learned[torch.randint(len(learned), (BATCH,))]
         through_vae = (torch.rand(BATCH) < 0.5) & (index < count)
         index, through_vae = index.to(device), through_vae.to(device)[:, None, None, None]
         x = torch.where(through_vae, shown[index.clamp(max=count - 1)], looked_at[index])
         _, logits = judge(augmented(to_float(x, device)))
-        loss = F.binary_cross_entropy_with_logits(logits, labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update()
-    progress.close()
-    judge.eval()
-    scores = read_words(judge, (to_float(x, device) for x in looked_at[unseen.to(device)].split(256)))
-    return judge, metrics.auc(scores, labels[unseen.to(device)].cpu() > 0) > READABLE  # NaN: not read
+        return F.binary_cross_entropy_with_logits(logits, labels[index])
+
+    fit(judge, min(STEPS, 40 * len(learned) // BATCH + 1), 0.1, draw_loss, "train the judge of words")
+    unseen = unseen.to(device)
+    scores = read_words(judge, (to_float(x, device) for x in looked_at[unseen].split(256)))
+    judge.readable.copy_(metrics.auc(scores, labels[unseen].cpu() > 0) > READABLE)  # NaN: not read
+    return judge
 
 
 @torch.no_grad()
@@ -198,11 +209,9 @@ class SceneClassifier(nn.Module):
 
 def scene_classifier(cfg, device):
     """-> SceneClassifier, trained on scenes of a series of its own. Kept in cfg.cache_dir."""
-    key = {"size": cfg.image_size, "code": source_hash(scenes, SceneClassifier, train_classifier)}
-    classifier = SceneClassifier().to(device).eval()
-    made = kept(cfg.cache_dir, "classifier", key, lambda: cpu_weights(train_classifier(cfg, device)))
-    classifier.load_state_dict(made)
-    return classifier
+    key = {"size": cfg.image_size, "code": source_hash(scenes, SceneClassifier, train_classifier, fit)}
+    train = partial(train_classifier, cfg, device)
+    return kept(SceneClassifier().to(device), cfg.cache_dir, "classifier", key, train)
 
 
 def train_classifier(cfg, device):
@@ -211,22 +220,14 @@ def train_classifier(cfg, device):
     pixels = paint_scenes(CLASSIFIER_SERIES, CLASSIFIER_SCENES, cfg)
     seed_step(CLASSIFIER_SERIES, 0)
     classifier = SceneClassifier().to(device)
-    steps = CLASSIFIER_EPOCHS * len(pixels) // 64
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    progress = Progress(steps, "train classifier")
-    for _ in range(steps):
-        index = torch.randint(len(pixels), (64,))
+
+    def draw_loss():
+        index = torch.randint(len(pixels), (BATCH,))
         x = to_float(pixels[index], device)
         _, logits = classifier(x + 0.1 * torch.randn_like(x))
-        loss = sum(F.cross_entropy(out, labels[index, i]) for i, out in enumerate(logits))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update()
-    progress.close()
-    return classifier.eval()
+        return sum(F.cross_entropy(out, labels[index, i]) for i, out in enumerate(logits))
+
+    return fit(classifier, CLASSIFIER_EPOCHS * len(pixels) // BATCH, 0.01, draw_loss, "train classifier")
 
 
 def scenes_of(series, count, combinations=None):
@@ -238,30 +239,5 @@ def scenes_of(series, count, combinations=None):
 
 def paint_scenes(series, count, cfg, combinations=None):
     """The same scenes as pictures -> uint8 (count, 3, S, S)."""
-    return read_pictures(
-        Scenes(series, count, cfg.image_size, combinations), cfg, progress_bar(f"paint series {series}")
-    )[0]
-
-
-# ---- Kept for the next evaluation -----------------------------------------------------------------------
-
-
-def kept(folder, name, key, make):
-    """make(), a dict of tensors: computed once and kept in a file that is known by `key`. folder "": not kept."""
-    if not folder:
-        return make()
-    digest = hashlib.sha256(json.dumps(key | {"torch": torch.__version__}, sort_keys=True).encode()).hexdigest()
-    path = os.path.join(folder, f"{name}-{digest[:16]}.pth")
-    with suppress(UserError, ValueError, RuntimeError, EOFError, OSError):
-        content = read_file(path, 1 << 28)
-        if content[:64].decode() == hashlib.sha256(content[64:]).hexdigest():
-            return torch.load(io.BytesIO(content[64:]), weights_only=True)
-    made, buffer = make(), io.BytesIO()
-    torch.save(made, buffer)
-    os.makedirs(folder, exist_ok=True)
-    write_file(path, hashlib.sha256(buffer.getvalue()).hexdigest().encode() + buffer.getvalue())
-    return made
-
-
-def cpu_weights(module):
-    return {name: value.cpu() for name, value in module.state_dict().items()}
+    dataset = Scenes(series, count, cfg.image_size, combinations)
+    return read_pictures(dataset, cfg, progress_bar(f"paint series {series}"))[0]

@@ -53,7 +53,8 @@ def load_fid(weights, device):
 
 
 def load_clip_score(source, device):
-    """-> measure(pictures, real, prompts): mean of 100 max(cos(picture, prompt), 0), and with the next prompt.
+    """-> measure(pictures, real, prompts): mean of 100 max(cos(picture, prompt), 0), and with the next prompt if
+    that is another (None: all are alike).
     source: a directory with a CLIP model and its tokenizer, or the name that text_encoder.py knows."""
     with one_line(f"--clip_score: {source}", "transformers>=5.4", "give --clip_score DIR, a whole CLIP model"):
         tokenize, processor, model = load_clip(source)
@@ -67,8 +68,10 @@ def load_clip_score(source, device):
                 out = model(input_ids=tokenize(prompts[i : i + BATCH]).to(device), **x.to(device))
                 found.append(torch.stack([out.image_embeds, out.text_embeds]))  # (2, B, D), each of length 1
             images, texts = torch.cat(found, dim=1)
-            score = [100 * (images * x).sum(dim=1).clamp(min=0).mean().item() for x in (texts, texts.roll(-1, dims=0))]
-            return {"value": score[0], "shuffled": score[1], "pictures": len(pictures)}
+            own, other = ((images * x).sum(dim=1).clamp(min=0) for x in (texts, texts.roll(-1, dims=0)))
+            other = other[torch.tensor([a != b for a, b in zip(prompts, prompts[1:] + prompts[:1])], device=device)]
+            shuffled = 100 * other.mean().item() if len(other) else None
+            return {"value": 100 * own.mean().item(), "shuffled": shuffled, "pictures": len(pictures)}
 
         measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, ["a cat"])
     return measure

@@ -86,6 +86,9 @@ def test_copies_of_training_pictures_are_found_and_shown(tmp_path):
         train[:64].flip(3), held_out, train, SDConfig(horizontal_flips=True), tmp_path / "m.png"
     )
     assert mirrored["generated"]["median"] == 0  # a mirrored copy is one if training saw both
+    # no share of generated pictures is usual where held-out ones are one, or are training pictures
+    for others in (held_out[:1], train[:40]):
+        assert evaluate.memorisation(train[:64], others, train, cfg, tmp_path / "n.png")["nearer"] is None
 
 
 # ---- With a model ----
@@ -151,9 +154,31 @@ def test_the_conditioning_gap_is_what_the_caption_tells():
         assert gaps[kind]["standard_error"] == pytest.approx(each.std().item() / math.sqrt(20), rel=1e-3)
 
     deaf = Stub(lambda z, t, text_emb: z, encode)
-    assert evaluate.caption_losses(deaf, (mu[:1], nothing[:1]), ["0"])[2]["empty"]["standard_error"] is None
     _, _, gaps = evaluate.caption_losses(deaf, (mu, nothing), captions)
     assert gaps == {kind: {"gap": 0.0, "standard_error": 0.0} for kind in ("shuffled", "empty")}
+
+
+def test_a_gap_is_measured_with_other_captions_alone():
+    """None where there is no other: 0 would read as a model that does not hear its captions."""
+    mu = torch.randn(4, 1, 8, 8)
+    numbers = {"a": 1.0, "b": 5.0, "": 0.0}
+
+    def gaps(captions):
+        encode = lambda texts: torch.tensor([numbers[text] for text in texts]).view(-1, 1, 1, 1)  # noqa: E731
+        listening = Stub(lambda z, t, text_emb: z - text_emb, encode)
+        n = len(captions)
+        return evaluate.caption_losses(listening, (mu[:n], torch.full_like(mu[:n], -torch.inf)), captions)[2]
+
+    why = "no two held-out captions differ"
+    for captions in (["a"], ["a", "a", "a"]):
+        found = gaps(captions)
+        assert found["shuffled"] is None and found["why"] == why and found["empty"]["gap"] != 0
+    assert found["empty"]["standard_error"] is not None and gaps(["a"])["empty"]["standard_error"] is None
+    assert gaps(["", ""]) == {"shuffled": None, "empty": None, "why": why}
+    assert "why" not in gaps(["a", "b"])
+    some = gaps(["a", "", ""])  # of one picture alone the empty caption is another
+    assert some["shuffled"]["standard_error"] is not None and some["empty"]["standard_error"] is None
+    assert evaluate.other_captions(["a", "a", "b", "a"]) == ["b", "b", "a", "b"]
 
 
 def test_generated_latents_are_those_of_the_pictures(tiny):
@@ -232,8 +257,8 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
         "clip_score": {"value": 25.0, "shuffled": 20.0, "pictures": 7},
     }
     full = evaluate.table(results).splitlines()
-    # a row with * is four, and one row is for what cannot be heard
-    assert len(full) == 2 + len(evaluate.ROWS.splitlines()) - 1 + 2 * 3 + 4
+    # a row with * is four, and two rows are for what cannot be measured
+    assert len(full) == 2 + len(evaluate.ROWS.splitlines()) - 2 + 2 * 3 + 4
     assert full[0] == "runs/x, unet_ckpt1: num_steps 5"
     assert full[2] == "VAE, held-out MSE                     0.1000   PSNR 16.0 dB"
     assert full[-3:] == ["loss        0.7500      -", "over white       -   2.00", "over wiener      -   2.00"]
@@ -243,17 +268,22 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
     results["words"] = {"words": 0, "why": "too few"}
     results |= {"distances": {}, "channel_means": {"ratio": 0.9, "held_out": None}}
     results["denoising"]["wiener"] = results["captions"]["empty"]["standard_error"] = None
+    results["captions"] |= {"shuffled": None, "why": "all alike"}
+    results["memorisation"]["nearer"] = None
     less = evaluate.table(results).splitlines()
+    assert f"{'loss, shuffled - matched caption':34}         -   all alike" in less
     assert f"{'words heard':34}         -   too few" in less
     gone = [line for line in full if line not in less]
     words = [
         "wiener bound",
+        "shuffled - ",
         "empty - ",
         "words heard (3 words)",
         "words heard, of",
         "Frechet",
         "kernel",
         "variance ratio",
+        "nearer than",
         *8 * ["right"],
         "FID",
         "CLIP",

@@ -52,32 +52,40 @@ def test_labels_are_shares_of_a_pictures_captions():
 
 def test_the_judge_keeps_the_words_that_it_reads_and_no_others(judge):
     pixels, captions, judge, words, why = judge
-    assert {word for _, word in words} >= {*COLOURS} and not why
-    assert not {word for _, word in words} & {"monday", "tuesday", "sunday"}
-    x, names = judges.to_float(pixels, "cpu"), dict((word, i) for i, word in words)
-    scores = judges.read_words(judge, [x])[:, names["red"]]
+    assert {*words} >= {*COLOURS} and not why
+    assert not {*words} & {"monday", "tuesday", "sunday"}
+    scores = judges.read_words(judge, [judges.to_float(pixels, "cpu")])[:, words["red"]]
     red = torch.tensor(["red" in several[0] for several in captions])
     assert scores[red].mean() > scores[~red].mean()
 
 
 def test_a_judge_is_trained_once_and_a_damaged_file_is_made_again(tmp_path):
-    made = []
+    made, folder, device = [], str(tmp_path), torch.device("cpu")
 
-    def make():
-        made.append(1)
-        return {"weights": {"a": torch.ones(3)}}
+    def train():
+        made.append(judges.WordJudge(3))
+        made[-1](torch.randn(4, 3, 64, 64))  # its statistics, and a count of batches
+        made[-1].readable[1] = True
+        return made[-1]
 
-    for _ in range(2):
-        assert judges.kept(str(tmp_path), "judge", {"run": 1}, make)["weights"]["a"].tolist() == [1, 1, 1]
-    assert len(made) == 1
-    (file,) = tmp_path.glob("judge-*.pth")
+    def kept(key):
+        return judges.kept(judges.WordJudge(3).to(device), folder, "judge", {"run": key}, train)
+
+    for judge in (kept(1), kept(1)):
+        theirs = judge.state_dict()
+        assert len(made) == 1 and not judge.training
+        for name, value in made[0].state_dict().items():
+            assert torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype, name
+    (file,) = [path for path in tmp_path.glob("judge-*") if not path.suffix]
     content = bytearray(file.read_bytes())
     content[-40] ^= 1
     file.write_bytes(content)
-    judges.kept(str(tmp_path), "judge", {"run": 1}, make)
+    kept(1)
     assert len(made) == 2
-    judges.kept(str(tmp_path), "judge", {"run": 2}, make)  # of another run
+    kept(2)  # of another run
     assert len(made) == 3
+    judges.kept(judges.WordJudge(3), "", "judge", {"run": 2}, train)  # not kept
+    assert len(made) == 4
 
 
 def test_text_encoders_split_captions():
@@ -123,6 +131,10 @@ def test_what_cannot_be_heard_is_said(captions, why, photographs, run_here, tmp_
     assert found["words"]["words"] == 0 and why in found["words"]["why"]
     assert found["distances"] == {}  # there is no judge to take features from
     assert "words heard" in result.stdout and why in result.stdout
+    assert (
+        found["captions"]["shuffled"] is None and "no two held-out captions differ" in result.stdout
+    )  # one is held out
+    assert found["memorisation"]["nearer"] is None and "nearer than" not in result.stdout
 
 
 def test_words_heard_are_of_words_that_enough_prompts_say(judge):
@@ -134,6 +146,9 @@ def test_words_heard_are_of_words_that_enough_prompts_say(judge):
     assert abs(figures["generated"] - 0.5) < 0.35  # pictures of other captions: nothing is heard but by chance
     few = evaluate.words_heard(judge, words, why, prompts[:4], sets, words_of, torch.device("cpu"))
     assert few["words"] == 0 and "prompts" in few["why"]
+    sets["real"] = pixels[:1].expand(40, -1, -1, -1)  # one held-out picture with several captions
+    one = evaluate.words_heard(judge, words, why, prompts, sets, words_of, torch.device("cpu"))
+    assert one["words"] == 0 and "alike" in one["why"]
 
 
 def test_scenes_have_a_classifier_that_is_kept(monkeypatch, tmp_path, tiny):

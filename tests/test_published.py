@@ -115,6 +115,16 @@ def test_clip_score_is_100_times_the_mean_of_cosines_without_the_negative_ones(c
     assert found["shuffled"] == pytest.approx(100 * others.clamp(min=0).mean().item(), abs=1e-3)
 
 
+def test_clip_score_with_anothers_prompt_needs_another(clip):
+    """Where all prompts are alike it would be the score itself, as if prompts made no difference."""
+    measure = published.load_clip_score(str(clip), CPU)
+    assert measure(blobs(3), None, ["a cat"] * 3)["shuffled"] is None
+    pictures = blobs(3)  # the first picture's neighbour has its own prompt, and does not count
+    alone = [measure(x[None], None, [text])["value"] for x, text in zip(pictures[1:], ("3 dogs", "a cat"))]
+    found = measure(pictures, None, ["a cat", "a cat", "3 dogs"])["shuffled"]
+    assert found == pytest.approx(sum(alone) / 2, abs=1e-3)
+
+
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
