@@ -104,8 +104,7 @@ def main():
             show_samples((unet, vae, t_embedder, text_encoder), process, autocast, cfg, run, epoch)
             draw_curves(run)
         state.epoch = epoch
-        if epoch % cfg.save_every == 0 or epoch == plan.last_epoch:
-            run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
+        run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
 
     # ---- Done ----
     progress.close()

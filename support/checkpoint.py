@@ -194,12 +194,14 @@ def settings_to_config(settings, path):
 
 def newest_epoch_set(run_dir, kind, flag="--run_dir"):
     """Tag and manifest of the newest set of a whole epoch. flag: the one that named run_dir."""
-    tags = [tag for tag in sets_of(run_dir, kind) if "_" not in tag]
+    found = sets_of(run_dir, kind)
+    tags = [tag for tag in found if "_" not in tag]
     if not tags:
-        raise UserError(
-            f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; run python train_{kind}.py first, with this "
-            "folder as its --run_dir"
-        )
+        remedy = f"run python train_{kind}.py first, with this folder as its --run_dir"
+        if found and found != [INITIAL_TAG]:
+            step = found[0].partition("_step")[2]
+            remedy = f"give the command of train_{kind}.py again, with --max_steps {step} if it is to end where it is"
+        raise UserError(f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; {remedy}")
     return tags[0], read_manifest(run_dir, kind, tags[0])
 
 
@@ -240,7 +242,9 @@ class Run:
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
                 if manifest["finished"] and self.is_whole(tag, manifest):
-                    self.finish_pruning()
+                    if self.surplus(0) and not self.world.rank:  # it was killed before it could tidy up
+                        self.open()
+                        self.tidy(0)
                     print(
                         f"{self.dir}: this run is finished (epoch {manifest['epoch']}), and the data is not looked at "
                         "again; --overwrite starts it over"
@@ -251,14 +255,6 @@ class Run:
     def is_whole(self, tag, manifest):
         files = ((f"{prefix}{tag}.pth", manifest["files"][f"{prefix}{tag}.pth"]) for prefix in PREFIXES[self.kind])
         return all(entry_of(read_file(self.path(name), entry["bytes"])) == entry for name, entry in files)
-
-    def finish_pruning(self):
-        """Delete what only resuming needed, where a run was killed between its last manifest and doing so."""
-        left = any("_state" in name or "_step" in name for name in os.listdir(self.dir) if self.is_ours(name))
-        if left and not self.world.rank:
-            self.open()
-            self.prune(0)
-            self.sweep()
 
     def check_same(self, manifest):
         """UserError that lists every difference between the run that a manifest tells of and this one."""
@@ -319,7 +315,7 @@ class Run:
             if self.overwrite:
                 self.delete_all()
             found = self.load_newest(state)
-            self.sweep()
+            self.tidy(KEPT_SETS)
             self.write_config()
             if not found:
                 self.save(INITIAL_TAG, state)
@@ -415,7 +411,7 @@ class Run:
         self.last_saved = manifest_path(self.dir, self.kind, tag)
         if not self.world.rank:
             self.write_set(tag, state, finished)
-            self.prune(0 if finished else KEPT_SETS)
+            self.tidy(0 if finished else KEPT_SETS)
         if self.interrupts:
             self.interrupts.saved(state.step)
 
@@ -449,21 +445,41 @@ class Run:
 
     # ---- Tidying ----
 
-    def prune(self, kept):
-        """Delete what only resuming needs, of all but the newest `kept` sets; the weights of whole epochs stay."""
-        for tag in sets_of(self.dir, self.kind)[kept:]:
-            if "_" in tag:
-                remove(manifest_path(self.dir, self.kind, tag))  # first, so that no manifest lists what is gone
-                remove(*(self.path(f"{prefix}{tag}.pth") for prefix in self.prefixes[:-1]))
-            remove(self.path(f"{self.prefixes[-1]}{tag}.pth"))
+    def tidy(self, kept):
+        """Delete the surplus(). A set vanishes when its manifest is renamed, all at once; the new name marks its files."""
+        names = self.surplus(kept)
+        for name in names:
+            if name.endswith(".json"):
+                os.replace(self.path(name), self.path(f"{name}.tmp"))
+        remove(*(self.path(name) for name in names if ".json" not in name))
+        remove(*(self.path(f"{name.removesuffix('.tmp')}.tmp") for name in names if ".json" in name))
 
-    def sweep(self):
-        """Delete what a killed run left: temporary files, and files of sets that never got a manifest."""
-        tags, prefixes = set(sets_of(self.dir, self.kind)), "|".join(self.prefixes)
-        for name in os.listdir(self.dir):
-            orphan = re.fullmatch(rf"(?:{prefixes})(\d+_step\d+)\.pth", name)
-            if (orphan and orphan[1] not in tags) or (name.endswith(".tmp") and self.is_ours(name)):
-                remove(self.path(name))
+    def surplus(self, kept):
+        """Names of the files that go: what a killed run left, what only resuming needs of all but the newest `kept` sets,
+        and epochs that are not to stay."""
+        tags, names = sets_of(self.dir, self.kind), [name for name in os.listdir(self.dir) if self.is_ours(name)]
+        marked = {name[len(f"{self.kind}_set") : -len(".json.tmp")] for name in names if name.endswith(".json.tmp")}
+        gone, found = {*tags[kept:]} - self.staying(tags) | marked - {*tags}, []
+        for name in names:
+            tag = (re.findall(r"(\d+(?:_step\d+)?)\.(?:pth|json)$", name) or [""])[0]
+            orphan = "_" in tag and tag not in tags
+            for_resuming = tag and name.startswith(self.prefixes[-1]) and tag not in tags[:kept]
+            if name.endswith(".tmp") or tag in gone or orphan or for_resuming:
+                found.append(name)
+        return found
+
+    def staying(self, tags):
+        """Of these sets those whose weights stay: the newest whole epoch, and those of every --save_every epochs."""
+        whole = [tag for tag in tags if "_" not in tag]
+        if self.kind == "vae" and sets_of(self.dir, "unet"):
+            return {*whole}  # it was trained on one of them
+        return {*whole[:1], *(tag for tag in whole if self.is_planned(tag))}
+
+    def is_planned(self, tag):
+        with contextlib.suppress(UserError):  # what cannot be read is for people to look at
+            manifest = read_manifest(self.dir, self.kind, tag)
+            return manifest["finished"] or manifest["epoch"] % manifest["cfg"].save_every == 0
+        return True
 
     def put_aside(self, tag):
         """Rename a damaged set's files to *.damaged, the manifest last."""

@@ -98,7 +98,7 @@ def load_text_encoder(run_dir, cfg, source, device):
 
 
 def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
-    """-> the run's VAE and {its file: size and SHA-256}; UserError if it is not finished or was made otherwise.
+    """-> the VAE of the run's newest epoch and {its file: size and SHA-256}; UserError if it was made otherwise.
 
     given: settings that the user has named; a data set other than the VAE's must be among them.
     """
@@ -121,10 +121,9 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
     if theirs.held_out_combinations != cfg.held_out_combinations:
         what = "the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it"
         print(f"warning: {what}", file=sys.stderr)
-    if not manifest["finished"]:
-        raise UserError(f"{flag} {run_dir}: train_vae.py has not finished here; give its command again")
     file = f"vae_ckpt_epoch{tag}.pth"
     vae = AutoencoderKL(cfg)
     load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
-    print(f"VAE: {os.path.join(run_dir, file)}")
+    early = "" if manifest["finished"] else f": epoch {tag} of {theirs.num_epochs}, where its training was stopped"
+    print(f"VAE: {os.path.join(run_dir, file)}{early}")
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}

@@ -3,11 +3,24 @@
 import json
 import os
 import shutil
+import signal
 import time
 
 import pytest
 import torch
-from conftest import SAMPLE, TINY, TRAIN, assert_one_line_error, flags, forge, picture, sign
+from conftest import (
+    SAMPLE,
+    SMALL,
+    STEPS_PER_EPOCH,
+    TINY,
+    TRAIN,
+    assert_one_line_error,
+    files,
+    flags,
+    forge,
+    picture,
+    sign,
+)
 
 from config import PRESETS, SDConfig
 from diffusion import baab, sample
@@ -126,11 +139,24 @@ def test_a_vae_of_another_shape_or_age_is_refused(copy, run_here):
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "vae_ckpt_epoch2.pth", remedy)
 
 
-def test_a_vae_that_is_not_finished_is_refused(copy, run_here):
-    path = copy / "run/vae_set2.json"
-    path.write_text(sign(json.loads(path.read_text()) | {"finished": False}))
-    result = run_here("train_unet.py", *TRAIN, "--overwrite", *flags(TINY), cwd=copy)
-    assert_one_line_error(result, 1, "--run_dir run", "train_vae.py has not finished here")
+def test_a_vae_that_was_stopped_is_used_as_its_newest_whole_epoch_left_it(tmp_path, fork, run_here):
+    """Stopped in epoch 3 of 20, of which none is due to be saved; then in its first epoch, which can be ended there."""
+    words = ("train_vae.py", *TRAIN, *flags(SMALL | {"num_epochs": 20}))
+    stop = {"signal_at_step": (signal.SIGINT, 2 * STEPS_PER_EPOCH + 2)}
+    assert fork(*words, cwd=tmp_path, inject=stop).wait().returncode == 130
+    unet = run_here("train_unet.py", *TRAIN, *flags(SMALL), cwd=tmp_path)
+    said = "VAE: run/vae_ckpt_epoch2.pth: epoch 2 of 20, where its training was stopped"
+    assert unet.returncode == 0 and said in unet.stdout, unet.stderr
+    before = files(tmp_path / "run")
+    assert fork(*words, cwd=tmp_path).wait().returncode == 0  # goes on, and leaves the U-Net its VAE
+    assert run_here(*SAMPLE, cwd=tmp_path).returncode == 0
+    assert files(tmp_path / "run")["vae_ckpt_epoch2.pth"] == before["vae_ckpt_epoch2.pth"]
+
+    words = ("train_vae.py", "--preset", "demo", "--run_dir", "short", *flags(SMALL))
+    stop = {"signal_at_step": (signal.SIGINT, 2)}
+    assert fork(*words, cwd=tmp_path, inject=stop).wait().returncode == 130
+    unet = ("train_unet.py", "--preset", "demo", "--run_dir", "short", *flags(SMALL))
+    assert_one_line_error(run_here(*unet, cwd=tmp_path), 1, "--run_dir short", "whole epoch", "--max_steps 2")
 
 
 def test_a_vae_of_another_data_set_is_used_only_if_that_is_said(tiny_run, tmp_path, run_here):
