@@ -64,7 +64,8 @@ def main():
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     predict, embed_t = world.data_parallel(unet), world.data_parallel(t_embedder)
     predict = devices.maybe_compile(predict, cfg.compile, device, plan.total_steps >= COMPILE_PAYS)
-    state = run.resume([unet, t_embedder, ema], optimizer, training.State(0, 0, 0, torch.zeros((), device=device)))
+    start = training.State(0, 0, 0, window=torch.zeros((), device=device))
+    state = run.resume([unet, t_embedder, ema], optimizer, start, plan)
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)
     if world.size == 1:
         gradients = record_cuda_graph(gradients, device, parameters)
@@ -73,7 +74,7 @@ def main():
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
         for index in plan.batches(epoch, state.step):
             state.step += 1
-            lr = training.lr_at(state.step, plan.total_steps, cfg)
+            lr = training.lr_at(state.step, plan.total_steps, cfg, state.restart)
             training.seed_step(cfg.seed, state.step)
             mirrored = data.draw_mirrored(len(index), cfg)
             z = reparameterize(*pick_latents(latents, index, mirrored, device))  # drawn anew at each use
@@ -103,14 +104,14 @@ def main():
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_samples((unet, vae, t_embedder, text_encoder), process, autocast, cfg, run, epoch)
             draw_curves(run)
+            if epoch == plan.last_epoch:
+                warn_if_unheard(figures, cfg)
         state.epoch = epoch
         run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
 
     # ---- Done ----
     progress.close()
     print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
-    if world.rank == 0:
-        warn_if_unheard(figures, cfg)
 
 
 def read_data(cfg, run, vae, text_encoder):

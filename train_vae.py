@@ -58,7 +58,8 @@ def main():
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     autoencode = world.data_parallel(vae)
     autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_PAYS)
-    state = run.resume([vae], optimizer, training.State(0, 0, 0, window=torch.zeros(3, device=device)))
+    start = training.State(0, 0, 0, window=torch.zeros(3, device=device))
+    state = run.resume([vae], optimizer, start, plan)
     gradients = partial(batch_gradients, autoencode, optimizer, autocast, cfg, world)
     if world.size == 1:
         gradients = record_cuda_graph(gradients, device, parameters)
@@ -67,7 +68,7 @@ def main():
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
         for index in plan.batches(epoch, state.step):
             state.step += 1
-            lr = training.lr_at(state.step, plan.total_steps, cfg)
+            lr = training.lr_at(state.step, plan.total_steps, cfg, state.restart)
             training.seed_step(cfg.seed, state.step)
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
             crops = data.draw_crops(len(index), cfg)

@@ -29,6 +29,7 @@ class State:
     epoch: int  # whole epochs done
     count: int  # steps since the last row of the CSV
     window: torch.Tensor  # sums of their losses
+    restart: int = 0  # the step after which the optimizer began anew
 
     def add(self, losses):
         self.window += losses
@@ -90,10 +91,10 @@ def epoch_order(seed, epoch, count):
 # ---- The optimizer's step -------------------------------------------------------------------------------
 
 
-def lr_at(step, total_steps, cfg):
+def lr_at(step, total_steps, cfg, restart=0):
     """Learning rate of step 1 .. total_steps: linear warm-up, then constant or cosine to 0 (Loshchilov & Hutter
     2017, arXiv 1608.03983, Eq. 5 without restarts)."""
-    warmup = min(1.0, step / (cfg.lr_warmup_steps + 1))
+    warmup = min(1.0, (step - restart) / (cfg.lr_warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
     return cfg.lr * warmup * (cosine if cfg.lr_schedule == "cosine" else 1.0)
 

@@ -15,12 +15,13 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
 import time
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 
@@ -30,7 +31,7 @@ from support.errors import UserError, printable
 from support.files import Damaged, entry_of, read_file, remove, write_file
 from support.show import append_csv
 from support.signals import Interrupts
-from training import State
+from training import State, lr_at
 
 try:
     import fcntl
@@ -38,6 +39,7 @@ except ImportError:  # Windows: two trainings in one directory are not noticed t
     fcntl = None
 
 FORMAT = 1  # of manifest and state; a change that older code would misread raises it
+PLAN = ("num_epochs", "max_steps")  # may change while a run goes on, and when it is finished
 INITIAL_TAG = "1_step0"  # of the set that a run begins with
 KEPT_SETS = 2  # newest sets that can be resumed from: should one be damaged, there is another
 PREFIXES = {"vae": ("vae_ckpt_epoch",), "unet": ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt")}
@@ -135,7 +137,7 @@ def load_adam(path, optimizer, saved):
 
 def state_names(optimizer, p):
     hidden = {id(q) for q in getattr(optimizer, "hidden", ())}
-    return ("momentum",) if id(p) in hidden else ("exp_avg", "exp_avg_sq", "step")
+    return ("momentum",) if id(p) in hidden else ("step", "exp_avg", "exp_avg_sq")
 
 
 # ---- Manifests ------------------------------------------------------------------------------------------
@@ -199,8 +201,8 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir"):
     if not tags:
         remedy = f"run python train_{kind}.py first, with this folder as its --run_dir"
         if found and found != [INITIAL_TAG]:
-            step = found[0].partition("_step")[2]
-            remedy = f"give the command of train_{kind}.py again, with --max_steps {step} if it is to end where it is"
+            step = int(found[0].partition("_step")[2]) + 1
+            remedy = f"give the command of train_{kind}.py again, with --max_steps {step} if it is to end here"
         raise UserError(f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; {remedy}")
     return tags[0], read_manifest(run_dir, kind, tags[0])
 
@@ -211,12 +213,14 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir"):
 class Run:
     """One trainer's place in a run directory.
 
-    kind: "vae" or "unet". about: what its manifests say of the run. last_saved: the newest set.
+    kind: "vae" or "unet". about: what its manifests say of the run. last_saved: the newest set. kept: how many states
+    stay when it is finished: with a constant learning rate more epochs are then exactly what they would have been.
     """
 
     def __init__(self, args, kind, cfg, world):
         self.world, self.dir, self.kind, self.overwrite, self.cfg = world, args.run_dir, kind, args.overwrite, cfg
         self.last_saved, self.lock, self.interrupts = "nothing", None, None
+        self.kept = int(cfg.lr_schedule == "constant")
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {
             "torch": torch.__version__,
@@ -241,16 +245,23 @@ class Run:
             with contextlib.suppress(Damaged):  # resume() deals with it, and says so
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
-                if manifest["finished"] and self.is_whole(tag, manifest):
-                    if self.surplus(0) and not self.world.rank:  # it was killed before it could tidy up
-                        self.open()
-                        self.tidy(0)
+                if self.is_done(tag, manifest) and self.is_whole(tag, manifest):
+                    if manifest["finished"] and not self.world.rank and self.surplus(self.kept):
+                        self.open()  # it was killed before it could tidy up
+                        self.tidy(self.kept)
                     print(
                         f"{self.dir}: this run is finished (epoch {manifest['epoch']}), and the data is not looked at "
-                        "again; --overwrite starts it over"
+                        "again; a larger --num_epochs goes on, --overwrite starts it over"
                     )
                     return True
         return False
+
+    def is_done(self, tag, manifest):
+        """Whether a set is a whole epoch after which --num_epochs and --max_steps leave nothing to do."""
+        cut = manifest["step"] == manifest["settings"].get("max_steps")  # perhaps within its epoch
+        most_steps = self.about["settings"]["max_steps"] or math.inf
+        done = manifest["step"] >= most_steps or (manifest["epoch"] >= self.cfg.num_epochs and not cut)
+        return done and "_" not in tag
 
     def is_whole(self, tag, manifest):
         files = ((f"{prefix}{tag}.pth", manifest["files"][f"{prefix}{tag}.pth"]) for prefix in PREFIXES[self.kind])
@@ -261,6 +272,7 @@ class Run:
         free = {f.name for f in fields(SDConfig) if f.metadata["free"]}
         defaults = json.loads(json.dumps(asdict(SDConfig())))  # of settings that older code did not know
         now, then = self.about["settings"], defaults | RETIRED | manifest["settings"]
+        free |= {*PLAN}
         changed = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
         changed += [f"{k} was {then[k]}, which is no more" for k, v in RETIRED.items() if then[k] != v]
         for name, what in (
@@ -301,13 +313,13 @@ class Run:
 
     # ---- Going on ----
 
-    def resume(self, modules, optimizer, state):
+    def resume(self, modules, optimizer, state, plan):
         """Load the newest good set into modules and optimizer -> its State; `state` if the run is a new one.
 
         modules: one per PREFIXES[kind], in that order. A new run saves where it starts, so that a full disk shows now.
         UserError if nothing usable is where something should be, or if settings, data or VAE are not those of the set.
         """
-        self.modules, self.optimizer = modules, optimizer
+        self.modules, self.optimizer, self.plan = modules, optimizer, plan
         if self.world.rank:  # rank 0 finds a set, or makes one
             self.world.wait()
             state = self.load(sets_of(self.dir, self.kind)[0], state)
@@ -319,6 +331,10 @@ class Run:
             self.write_config()
             if not found:
                 self.save(INITIAL_TAG, state)
+            elif found.step < found.epoch * plan.steps_per_epoch:  # --max_steps had ended it within this epoch
+                whole, found.epoch = f"{found.epoch}", found.epoch - 1
+                self.save(f"{whole}_step{found.step}", found)
+                self.discard(whole)
             self.world.wait()
             state = found or state
         self.interrupts = Interrupts(self.cfg.save_minutes, self.world.rank)
@@ -363,18 +379,23 @@ class Run:
             raise Damaged(f"{manifest_path(self.dir, self.kind, tag)}: does not list this set's files; restore it")
         for name, module in zip(names, self.modules):
             load_weights(self.path(name), files[name], module)
-        path = self.path(names[-1])
-        saved = read_tensors(path, files[names[-1]], 4 * sum(map(num_bytes, self.modules)) + MAX_STATE_TEXT)
+        path, step, epoch = self.path(names[-1]), manifest["step"], manifest["epoch"]
+        if manifest["finished"] and not os.path.lexists(path):  # nobody thought that it would go on
+            counters = vars(replace(start, step=step, epoch=epoch, restart=step))
+            saved = {"adam": [], "counters": counters, "csv": self.read_csv()}
+        else:
+            saved = read_tensors(path, files[names[-1]], 4 * sum(map(num_bytes, self.modules)) + MAX_STATE_TEXT)
         try:
             load_adam(path, self.optimizer, saved["adam"])
             state, csv = State(**saved["counters"]), {name: saved["csv"].get(name) for name in self.csv}
-            fits = state.step == manifest["step"] >= 0 and state.epoch == manifest["epoch"] >= 0
+            fits = state.step == step >= 0 and state.epoch == epoch >= 0
             fits = fits and all(type(v) is type(getattr(state, k)) for k, v in vars(start).items())
             fits = fits and state.window.shape == start.window.shape
         except (KeyError, TypeError, AttributeError, RuntimeError):
             fits = False
         if not fits:
             raise Damaged(f"{path}: not the state of such a run; restore it")
+        self.check_plan(manifest, state)
         if not self.world.rank:
             self.restore_csv(csv)
         self.last_saved = manifest_path(self.dir, self.kind, tag)
@@ -383,6 +404,32 @@ class Run:
                 print(f"warning: no longer exact to the bit: {name} was {then}, now {value}", file=sys.stderr)
         state.window = state.window.to(start.window.device)
         return state
+
+    def check_plan(self, manifest, state):
+        """Say what more or fewer steps than were planned do to the learning rate; UserError if too many are taken."""
+        now, then = self.about["settings"], manifest["settings"]
+        changed = ", ".join(f"{k} was {then.get(k)}, now {now[k]}" for k in PLAN if then.get(k) != now[k])
+        total, lr = self.plan.total_steps, "the learning rate is constant, so this is exact"
+        if state.step + bool(state.count) > total:  # a row that has begun in the table needs a step to end it
+            raise UserError(
+                f"--run_dir {self.dir}: has taken {state.step} steps, and {total} are asked for ({changed}); give more "
+                "--num_epochs or --max_steps, another --run_dir, or --overwrite to start over"
+            )
+        if self.cfg.lr_schedule != "constant":
+            rate = lr_at(state.step + 1, total, self.cfg, state.restart)
+            lr = f"the learning rate goes on along the cosine of all {total} steps, from {rate:.2g} down to 0"
+        if changed and 0 < state.restart == state.step:
+            lr = f"{lr.removesuffix(', so this is exact')}; the optimizer begins anew from the trained weights"
+        if changed:
+            print(f"{changed}: {lr}")
+
+    def read_csv(self):
+        """-> {name: text} of the run's CSV files that are there."""
+        csv = {}
+        for name in self.csv:
+            with contextlib.suppress(FileNotFoundError), open(self.path(name), newline="") as f:
+                csv[name] = f.read()
+        return csv
 
     def restore_csv(self, csv):
         """Rows written after the set was saved will be written again."""
@@ -411,17 +458,13 @@ class Run:
         self.last_saved = manifest_path(self.dir, self.kind, tag)
         if not self.world.rank:
             self.write_set(tag, state, finished)
-            self.tidy(0 if finished else KEPT_SETS)
+            self.tidy(self.kept if finished else KEPT_SETS)
         if self.interrupts:
             self.interrupts.saved(state.step)
 
     def write_set(self, tag, state, finished):
-        csv = {}
-        for name in self.csv:
-            with contextlib.suppress(FileNotFoundError), open(self.path(name), newline="") as f:
-                csv[name] = f.read()
         counters = vars(state) | {"window": state.window.cpu()}
-        resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": csv}
+        resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": self.read_csv()}
         files = {}
         for prefix, content in zip(self.prefixes, [*map(plain_weights, self.modules), resuming]):
             buffer = io.BytesIO()
@@ -444,6 +487,10 @@ class Run:
         write_file(self.path("config.json"), json.dumps(records, indent=1).encode())
 
     # ---- Tidying ----
+
+    def discard(self, tag):
+        os.replace(manifest_path(self.dir, self.kind, tag), f"{manifest_path(self.dir, self.kind, tag)}.tmp")
+        self.tidy(KEPT_SETS)  # of what it marks
 
     def tidy(self, kept):
         """Delete the surplus(). A set vanishes when its manifest is renamed, all at once; the new name marks its files."""

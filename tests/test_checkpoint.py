@@ -121,6 +121,78 @@ def test_save_minutes_bounds_what_a_kill_costs(begin, fork):
         assert f"resumed after step {resumed}" in fork(*command("vae", settings), cwd=cwd).wait().stdout
 
 
+# ---- More or fewer epochs than planned ----
+
+CONSTANT = SMALL | {"lr_schedule": "constant", "lr_warmup_steps": 2, "save_minutes": 60}
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory):
+    """kind -> bits of a run of two epochs at a constant learning rate; the U-Net's with its VAE."""
+    cwd, found = tmp_path_factory.mktemp("constant"), {}
+    for kind in KINDS:
+        assert Forked(cwd / "process", *command(kind, CONSTANT), cwd=cwd).wait().returncode == 0
+        found[kind] = files(cwd / "run"), bits(cwd / "run")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [["--num_epochs", 1], ["--num_epochs", 9], ["--max_steps", 2], ["--max_steps", 4]])
+def test_a_run_at_a_constant_rate_goes_on_to_the_bits_of_a_longer_one(constant, tmp_path, fork, kind, first):
+    """Finished after an epoch, stopped on the way to more of them, or ended within an epoch."""
+    if kind == "unet":
+        (tmp_path / "run").mkdir()
+        for file, data in constant["vae"][0].items():
+            (tmp_path / "run" / file).write_bytes(data)
+    stop = {"signal_at_step": (signal.SIGINT, 5)} if first[1] == 9 else {}
+    started = fork(*command(kind, CONSTANT), *first, cwd=tmp_path, inject=stop).wait()
+    assert started.returncode == (130 if stop else 0), started.stderr
+    plan = f"{first[0][2:]} was {first[1]}, now {2 if first[0] == '--num_epochs' else None}"
+    again = fork(*command(kind, CONSTANT), cwd=tmp_path).wait()
+    assert again.returncode == 0 and f"{plan}: the learning rate is constant, so this is exact" in again.stdout
+    found, expected = bits(tmp_path / "run"), constant[kind][1]
+    if first[0] == "--max_steps":  # the tables have a row of the end that was none
+        expected = {
+            name: bits for name, bits in expected.items() if not name.endswith((".csv", "curves.png", "state2.pth"))
+        }
+    assert found | expected == found
+    assert "finished (epoch 2)" in fork(*command(kind, CONSTANT), cwd=tmp_path).wait().stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_goes_on_along_the_cosine_of_more_epochs(begin, fork, kind):
+    """From the trained weights; stopped on the way it comes to the bits of one that was not."""
+    longer, found = SMALL | {"num_epochs": 4, "lr_warmup_steps": 2}, []
+    for name, stops in (("unbroken", []), ("stopped", [{"signal_at_step": (signal.SIGTERM, n)} for n in (1, 3)])):
+        cwd, _ = begin(kind, name)
+        assert fork(*command(kind, longer | {"num_epochs": 2}), cwd=cwd).wait().returncode == 0
+        trained = bits(cwd / "run")
+        for stop in stops:
+            assert fork(*command(kind, longer), cwd=cwd, inject=stop).wait().returncode == 143
+        result = fork(*command(kind, longer), cwd=cwd).wait()
+        assert result.returncode == 0, result.stderr
+        found.append(bits(cwd / "run"))
+        weights = {name for name in trained if name.endswith("2.pth")}
+        assert weights and all(found[-1][name] == trained[name] for name in weights)
+        if not stops:
+            said = "num_epochs was 2, now 4: the learning rate goes on along the cosine of all 12 steps, from 0.00017"
+            assert f"{said} down to 0; the optimizer begins anew from the trained weights" in result.stdout
+    assert found[0] == found[1]
+    assert (cwd / f"run/{kind}_held_out.csv").read_text().count("\n") == 5
+
+
+def test_fewer_epochs_than_were_trained_are_refused_or_already_done(stopped_run, fork):
+    cwd, _ = stopped_run("vae")
+    before = bits(cwd / "run")
+    result = fork(*command("vae"), "--max_steps", 1, cwd=cwd).wait()
+    assert_one_line_error(result, 1, "has taken 2 steps, and 1 are asked for (max_steps was None, now 1)", "--overwrite")
+    assert bits(cwd / "run") == before
+    ended = fork(*command("vae"), "--max_steps", 3, cwd=cwd).wait()
+    assert ended.returncode == 0 and json.loads((cwd / "run/vae_set1.json").read_text())["finished"], ended.stderr
+    fewer = fork(*command("vae"), "--max_steps", 2, cwd=cwd).wait()
+    assert fewer.returncode == 0 and "this run is finished (epoch 1)" in fewer.stdout
+
+
 # ---- Kill sweep ----
 
 

@@ -156,7 +156,9 @@ def test_a_vae_that_was_stopped_is_used_as_its_newest_whole_epoch_left_it(tmp_pa
     stop = {"signal_at_step": (signal.SIGINT, 2)}
     assert fork(*words, cwd=tmp_path, inject=stop).wait().returncode == 130
     unet = ("train_unet.py", "--preset", "demo", "--run_dir", "short", *flags(SMALL))
-    assert_one_line_error(run_here(*unet, cwd=tmp_path), 1, "--run_dir short", "whole epoch", "--max_steps 2")
+    assert_one_line_error(run_here(*unet, cwd=tmp_path), 1, "--run_dir short", "whole epoch", "--max_steps 3")
+    assert run_here("train_vae.py", *unet[1:], "--max_steps", 3, cwd=tmp_path).returncode == 0
+    assert run_here(*unet, cwd=tmp_path).returncode == 0
 
 
 def test_a_vae_of_another_data_set_is_used_only_if_that_is_said(tiny_run, tmp_path, run_here):
