@@ -89,6 +89,7 @@ class SDConfig:
     # training
     batch_size: int = setting(32, "pictures per optimizer step", 1)
     num_epochs: int = setting(15, "passes over the training pictures", 1)
+    init_from: str = setting("", "run from whose trained weights a new one starts; '' = random ones")
     optimizer: str = setting("adam", "adam, or muon for the hidden matrices", choices=("adam", "muon"))
     lr: float = setting(1e-4, "learning rate", 0)
     lr_schedule: str = setting("cosine", "cosine (annealed to 0) or constant", choices=("cosine", "constant"))

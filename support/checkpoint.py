@@ -43,6 +43,11 @@ PLAN = ("num_epochs", "max_steps")  # may change while a run goes on, and when i
 INITIAL_TAG = "1_step0"  # of the set that a run begins with
 KEPT_SETS = 2  # newest sets that can be resumed from: should one be damaged, there is another
 PREFIXES = {"vae": ("vae_ckpt_epoch",), "unet": ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt")}
+SHAPES = {  # settings that weights can only be used with
+    "vae": "latent_channels block_out_channels layers_per_block norm_num_groups",
+    "unet": "latent_channels unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_dim "
+    "prediction_type",
+}
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_TEXT = 64 << 20  # the CSV text within a state
 RETIRED = {  # settings that older code had -> the only value that this code can go on with
@@ -219,7 +224,7 @@ class Run:
 
     def __init__(self, args, kind, cfg, world):
         self.world, self.dir, self.kind, self.overwrite, self.cfg = world, args.run_dir, kind, args.overwrite, cfg
-        self.last_saved, self.lock, self.interrupts = "nothing", None, None
+        self.last_saved, self.lock, self.interrupts, self.source = "nothing", None, None, ()
         self.kept = int(cfg.lr_schedule == "constant")
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {
@@ -241,6 +246,8 @@ class Run:
     def finished(self):
         """Whether this very run is finished; UserError if the directory holds one with other settings."""
         tags = [] if self.overwrite else sets_of(self.dir, self.kind)
+        if self.cfg.init_from and tags in ([], [INITIAL_TAG]):
+            self.source = self.find_source()
         for tag in tags[:1]:
             with contextlib.suppress(Damaged):  # resume() deals with it, and says so
                 manifest = read_manifest(self.dir, self.kind, tag)
@@ -255,6 +262,19 @@ class Run:
                     )
                     return True
         return False
+
+    def find_source(self):
+        """-> [(path, size and SHA-256)] of the weights that --init_from names; UserError if they fit other settings."""
+        tag, manifest = newest_epoch_set(self.cfg.init_from, self.kind, "--init_from")
+        now, then = vars(self.cfg), vars(manifest["cfg"])
+        if other := [f"{k} {then[k]} there, {now[k]} here" for k in SHAPES[self.kind].split() if then[k] != now[k]]:
+            raise UserError(f"--init_from {self.cfg.init_from}: of another model ({'; '.join(other)}); give the same")
+        if self.kind == "unet" and self.about["made_from"] != manifest["made_from"]:
+            what = "has learned the latents of another VAE; copy its vae_* files for a better start"
+            print(f"warning: --init_from {self.cfg.init_from}: {what}", file=sys.stderr)
+        # the average starts from the trained weights: its own may hold much of random ones
+        names = [f"{prefix.removeprefix('ema_')}{tag}.pth" for prefix in PREFIXES[self.kind]]
+        return [(os.path.join(self.cfg.init_from, name), manifest["files"][name]) for name in names]
 
     def is_done(self, tag, manifest):
         """Whether a set is a whole epoch after which --num_epochs and --max_steps leave nothing to do."""
@@ -324,6 +344,9 @@ class Run:
             self.world.wait()
             state = self.load(sets_of(self.dir, self.kind)[0], state)
         else:
+            for (path, entry), module in zip(self.source, modules):
+                load_weights(path, entry, module)
+                print(f"starting from {path}")
             if self.overwrite:
                 self.delete_all()
             found = self.load_newest(state)

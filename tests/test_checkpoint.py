@@ -185,12 +185,57 @@ def test_fewer_epochs_than_were_trained_are_refused_or_already_done(stopped_run,
     cwd, _ = stopped_run("vae")
     before = bits(cwd / "run")
     result = fork(*command("vae"), "--max_steps", 1, cwd=cwd).wait()
-    assert_one_line_error(result, 1, "has taken 2 steps, and 1 are asked for (max_steps was None, now 1)", "--overwrite")
+    assert_one_line_error(
+        result, 1, "has taken 2 steps, and 1 are asked for (max_steps was None, now 1)", "--overwrite"
+    )
     assert bits(cwd / "run") == before
     ended = fork(*command("vae"), "--max_steps", 3, cwd=cwd).wait()
     assert ended.returncode == 0 and json.loads((cwd / "run/vae_set1.json").read_text())["finished"], ended.stderr
     fewer = fork(*command("vae"), "--max_steps", 2, cwd=cwd).wait()
     assert fewer.returncode == 0 and "this run is finished (epoch 1)" in fewer.stdout
+
+
+# ---- From another run's weights ----
+
+
+def test_a_run_starts_from_another_runs_weights(copy, tmp_path, run_here, fork):
+    """Both trainers: the first set is those weights, the average too; the other run may go once it has begun."""
+    (copy / "new").mkdir()
+    for name in ("vae_ckpt_epoch2.pth", "vae_set2.json"):
+        shutil.copy(copy / "run" / name, copy / "new" / name)
+    before = files(copy / "run")
+    for kind, run in (("vae", "newer"), ("unet", "new")):
+        words = (f"train_{kind}.py", "--preset", "demo", "--run_dir", run, "--init_from", "run")
+        words += (*flags(TINY | {"image_size": 48 if kind == "vae" else 32, "lr": 1e-4}),)
+        stopped = fork(*words, cwd=copy, inject={"signal_at_step": (signal.SIGINT, 1)}).wait()
+        assert stopped.returncode == 130 and "starting from run/" in stopped.stdout, stopped.stderr
+        assert "warning: --init_from" not in stopped.stderr
+        for prefix, source in {"vae": {"vae_ckpt_epoch": "vae_ckpt_epoch"}}.get(
+            kind, {"unet_ckpt": "unet_ckpt"}
+        ).items():
+            first = torch.load(copy / run / f"{prefix}1_step0.pth", weights_only=True)
+            theirs = torch.load(copy / f"run/{source}2.pth", weights_only=True)
+            assert all(torch.equal(first[k], v) for k, v in theirs.items())
+    average = torch.load(copy / "new/ema_unet_ckpt1_step0.pth", weights_only=True)
+    assert all(torch.equal(average[k], v) for k, v in weights_of(copy).items()) and files(copy / "run") == before
+    (copy / "run").rename(copy / "gone")
+    assert run_here(*words, cwd=copy).returncode == 0
+    assert_one_line_error(run_here(*words, "--overwrite", cwd=copy), 1, "--init_from run", "train_unet.py")
+    assert (copy / "new/unet_ckpt2.pth").exists()  # a mistake costs nothing
+
+
+def test_weights_of_another_shape_or_meaning_are_named(copy, run_here):
+    words = ("train_vae.py", "--preset", "demo", "--run_dir", "new", "--init_from", "run")
+    other = run_here(*words, *flags(TINY | {"latent_channels": 3}), cwd=copy)
+    assert_one_line_error(other, 1, "--init_from run", "latent_channels 4 there, 3 here")
+    own = run_here("train_vae.py", *TRAIN, "--init_from", "run", "--overwrite", *flags(TINY), cwd=copy)
+    assert_one_line_error(own, 2, "--run_dir: is what --init_from names")
+    assert run_here(*words, *flags(TINY | {"seed": 3}), cwd=copy).returncode == 0
+    words = ("train_unet.py", *words[1:], *flags(TINY), "--max_steps", 1)
+    result = run_here(*words, cwd=copy)
+    assert result.returncode == 0 and "run: has learned the latents of another VAE" in result.stderr, result.stderr
+    flow = run_here(*words, "--overwrite", "--prediction_type", "flow", cwd=copy)
+    assert_one_line_error(flow, 1, "prediction_type epsilon there, flow here")
 
 
 # ---- Kill sweep ----
