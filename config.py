@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU uses no more of a seed
 def setting(default, text, low=None, high=None, *, choices=None, free=False):
     """A field with its help text and inclusive range (of each entry, if it is a tuple).
 
-    free: may change while a run goes on, because it changes no result (compile: the last bits).
+    free: may change while a run goes on, because it changes no weights (compile, grad_accumulation: the last bits).
     """
     metadata = {"help": text, "low": low, "high": high, "choices": choices, "free": free}
     return field(default=default, metadata=metadata)
@@ -99,7 +99,7 @@ class SDConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 = they are not", 0)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", 0, 1)
     ema_warmup: bool = setting(False, "start the average with a short memory: decay at most (1 + step) / (10 + step)")
-    grad_accumulation: int = setting(1, "parts that a batch is computed in, where memory is short", 1)
+    grad_accumulation: int = setting(1, "parts a batch is computed in, where memory is short", 1, free=True)
     compile: bool | None = setting(None, "torch.compile the model; auto = on CUDA in runs that gain by it", free=True)
     mixed_precision: str = setting("auto", "auto: bf16 where the processor has it", choices=("auto", "no", "bf16"))
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)

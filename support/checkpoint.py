@@ -248,7 +248,7 @@ class Run:
         tags = [] if self.overwrite else sets_of(self.dir, self.kind)
         if self.cfg.init_from and tags in ([], [INITIAL_TAG]):
             self.source = self.find_source()
-        for tag in tags[:1]:
+        for tag in tags[:1] if tags != [INITIAL_TAG] else []:
             with contextlib.suppress(Damaged):  # resume() deals with it, and says so
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
@@ -369,7 +369,14 @@ class Run:
         for tag in sets_of(self.dir, self.kind):
             try:
                 state = self.load(tag, start)
-            except Damaged as e:
+            except UserError as e:
+                if tag == INITIAL_TAG and not damaged:  # no step was taken with what it holds
+                    print(f"begins anew, as no step was taken before: {str(e).rpartition('; ')[0]}")
+                    remove(*map(self.path, self.csv))
+                    self.discard(tag)
+                    break
+                if not isinstance(e, Damaged):
+                    raise
                 damaged.append((tag, e))
                 continue
             for bad, why in damaged:

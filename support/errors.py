@@ -69,7 +69,10 @@ def explain_runtime_error(e):
     if "DataLoader worker" in str(e):
         return "--num_workers: a process that reads pictures died; give fewer, or 0"
     if isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY):
-        return "--batch_size (of sample.py --size): not enough memory; give a smaller one, or fewer --max_images"
+        return (
+            "--batch_size (of sample.py --size): not enough memory; give --grad_accumulation 2 or more, which keeps the "
+            "result and may change in mid-run, a smaller batch or size, or fewer --max_images"
+        )
     if any(words in str(e) for words in ANOTHER_ENDED):
         return (
             f"another process of this run has ended and says why ({last_line(e)}); mend that, and the same command "

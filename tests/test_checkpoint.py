@@ -387,6 +387,40 @@ def test_a_run_with_other_settings_is_refused(stopped_run, fork):
     assert_one_line_error(changed, 1, "lr was 0.001, now 0.5", "batch_size was 4, now 2", "--overwrite")
 
 
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"lr": 0.1, "seed": 5}, {"block_out_channels": (4, 4)}, {}])
+def test_what_no_step_was_taken_with_gives_way(begin, tmp_path, fork, change):
+    """Killed in the first step, as where memory is short, and begun again with other settings; or its only set is damaged."""
+    cwd, _ = begin("vae")
+    killed = fork(*command("vae"), cwd=cwd, inject={"signal_at_step": (signal.SIGKILL, 1)}).wait()
+    assert killed.returncode == -signal.SIGKILL and (cwd / "run/vae_set1_step0.json").exists()
+    (cwd / "run/vae_train.csv").write_text("of steps that are lost")
+    if not change:
+        (cwd / "run/vae_state1_step0.pth").write_bytes(b"")
+    words = command("vae", SMALL | change)
+    result = fork(*words, cwd=cwd).wait()
+    assert result.returncode == 0 and "begins anew, as no step was taken before: " in result.stdout, result.stderr
+    assert all(f"{name} was" in result.stdout for name in change)
+    (tmp_path / "fresh").mkdir()
+    assert fork(*words, cwd=tmp_path / "fresh").wait().returncode == 0
+    assert bits(cwd / "run") == bits(tmp_path / "fresh/run")
+
+
+def test_a_vae_trained_again_before_the_first_step_gives_way(begin, fork):
+    cwd, _ = begin("unet")
+    fork(*command("unet"), cwd=cwd, inject={"signal_at_step": (signal.SIGKILL, 1)}).wait()
+    assert fork(*command("vae", SMALL | {"lr": 0.002}), "--overwrite", cwd=cwd).wait().returncode == 0
+    result = fork(*command("unet"), cwd=cwd).wait()
+    assert result.returncode == 0 and "(the VAE is another)" in result.stdout, result.stderr
+
+
+def test_a_batch_may_be_computed_in_parts_from_the_middle_of_a_run_on(stopped_run, fork):
+    for kind in KINDS:
+        cwd, expected = stopped_run(kind, kind)
+        result = fork(*command(kind, SMALL | {"grad_accumulation": 2}), cwd=cwd).wait()
+        assert result.returncode == 0 and "resumed after step 2" in result.stdout, result.stderr
+        assert bits(cwd / "run").keys() == expected.keys()
+
+
 def pictures_of_mine(folder):
     """Twenty pictures and captions of a user's own -> the settings of a run on them."""
     (folder / "mine/images").mkdir(parents=True)

@@ -28,7 +28,7 @@ def ending(raised):
         (UserError("a\nb\x1b[31m\udcff"), "error: a b?[31m?"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "error: --batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
-        (MemoryError(), "not enough memory"),
+        (MemoryError(), "not enough memory; give --grad_accumulation 2 or more"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), "error: --num_workers"),
         (
             RuntimeError("x\n[..] Connection closed by peer [127.0.0.1]:7"),
