@@ -79,12 +79,12 @@ class SDConfig:
     caption_dropout: float = setting(0.0, "share of captions replaced by the empty one, which guidance needs", 0, 1)
 
     # sampling; flags of sample.py and evaluate.py come before these
-    sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", 0, 100_000)
-    guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", -LARGEST)
+    sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", 0, 100_000, free=True)
+    guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", -LARGEST, free=True)
     guidance_interval: tuple[float, ...] = setting(
-        (0.0, 1.0), "part of the schedule to guide in: 0 clean, 1 noise", 0, 1
+        (0.0, 1.0), "part of the schedule to guide in: 0 clean, 1 noise", 0, 1, free=True
     )
-    guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1)
+    guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1, free=True)
 
     # training
     batch_size: int = setting(32, "pictures per optimizer step", 1)
@@ -105,7 +105,7 @@ class SDConfig:
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)
     save_minutes: float = setting(10.0, "minutes between saves within an epoch; 0 = after every step", 0, free=True)
     sample_prompts: tuple[str, ...] = setting(
-        ("a dog on the grass", "a red sports car"), "prompts of each epoch's samples"
+        ("a dog on the grass", "a red sports car"), "prompts of each epoch's samples", free=True
     )
     seed: int = setting(0, "seed of everything that is random", 0, MAX_SEED)
 

@@ -43,6 +43,13 @@ PLAN = ("num_epochs", "max_steps")  # may change while a run goes on, and when i
 INITIAL_TAG = "1_step0"  # of the set that a run begins with
 KEPT_SETS = 2  # newest sets that can be resumed from: should one be damaged, there is another
 PREFIXES = {"vae": ("vae_ckpt_epoch",), "unet": ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt")}
+SAMPLING = ("sample_prompts", "sample_steps", "guidance_scale", "guidance_interval", "guidance_rescale")
+NOT_OF = {  # settings that no weight of the one depends on
+    "vae": "unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_encoder text_dim "
+    "text_length timesteps beta_start beta_end scale_betas prediction_type flow_time_mean caption_dropout ema_decay ema_warmup "
+    "captions_per_image",
+    "unet": "random_crop random_scale beta l1_weight ms_ssim_weight",
+}
 SHAPES = {  # settings that weights can only be used with
     "vae": "latent_channels block_out_channels layers_per_block norm_num_groups",
     "unet": "latent_channels unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_dim "
@@ -253,15 +260,28 @@ class Run:
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
                 if self.is_done(tag, manifest) and self.is_whole(tag, manifest):
-                    if manifest["finished"] and not self.world.rank and self.surplus(self.kept):
-                        self.open()  # it was killed before it could tidy up
-                        self.tidy(self.kept)
+                    kept, sampled = self.kept if manifest["finished"] else KEPT_SETS, self.follow_command()
+                    if not self.world.rank and (sampled or self.surplus(kept)):  # a kill may have left a surplus
+                        self.open()
+                        self.tidy(kept)
+                        self.write_manifests(sampled)
                     print(
                         f"{self.dir}: this run is finished (epoch {manifest['epoch']}), and the data is not looked at "
                         "again; a larger --num_epochs goes on, --overwrite starts it over"
                     )
                     return True
         return False
+
+    def follow_command(self):
+        """-> [(tag, manifest)] of the U-Net's sets with this command's settings of sampling, where they had others."""
+        new, found = {name: self.about["settings"][name] for name in SAMPLING}, []
+        for tag in sets_of(self.dir, self.kind) if self.kind == "unet" else ():
+            with contextlib.suppress(UserError):
+                manifest = read_manifest(self.dir, self.kind, tag)
+                then = vars(manifest.pop("cfg"))
+                if any(then[name] != getattr(self.cfg, name) for name in SAMPLING):
+                    found.append((tag, manifest | {"settings": manifest["settings"] | new}))
+        return found
 
     def find_source(self):
         """-> [(path, size and SHA-256)] of the weights that --init_from names; UserError if they fit other settings."""
@@ -292,7 +312,7 @@ class Run:
         free = {f.name for f in fields(SDConfig) if f.metadata["free"]}
         defaults = json.loads(json.dumps(asdict(SDConfig())))  # of settings that older code did not know
         now, then = self.about["settings"], defaults | RETIRED | manifest["settings"]
-        free |= {*PLAN}
+        free |= {*PLAN, *NOT_OF[self.kind].split()}
         changed = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
         changed += [f"{k} was {then[k]}, which is no more" for k, v in RETIRED.items() if then[k] != v]
         for name, what in (
@@ -351,6 +371,7 @@ class Run:
                 self.delete_all()
             found = self.load_newest(state)
             self.tidy(KEPT_SETS)
+            self.write_manifests(self.follow_command())
             self.write_config()
             if not found:
                 self.save(INITIAL_TAG, state)
@@ -504,8 +525,12 @@ class Run:
             files[name] = entry_of(data)
         manifest = {"format": FORMAT, "kind": self.kind, "step": state.step, "epoch": state.epoch}
         manifest |= {"finished": finished, "files": files} | self.about
-        manifest["sha256"] = own_hash(manifest)
-        write_file(manifest_path(self.dir, self.kind, tag), json.dumps(manifest, indent=1).encode())
+        self.write_manifests([(tag, manifest)])
+
+    def write_manifests(self, manifests):
+        for tag, manifest in manifests:
+            manifest["sha256"] = own_hash(manifest)
+            write_file(manifest_path(self.dir, self.kind, tag), json.dumps(manifest, indent=1).encode())
 
     def write_config(self):
         """config.json: the settings of both trainers, for people; no script reads it."""

@@ -413,6 +413,37 @@ def test_a_vae_trained_again_before_the_first_step_gives_way(begin, fork):
     assert result.returncode == 0 and "(the VAE is another)" in result.stdout, result.stderr
 
 
+def test_how_pictures_are_made_may_be_corrected_in_a_stopped_and_in_a_finished_run(begin, fork, run_here):
+    """And sample.py goes by the newest command; no weight and no figure depends on it."""
+    cwd, expected = begin("unet")
+    settings = SMALL | {"sample_prompts": ("a dgo",), "sample_steps": 3}
+    assert (
+        fork(*command("unet", settings), cwd=cwd, inject={"signal_at_step": (signal.SIGINT, 4)}).wait().returncode
+        == 130
+    )
+    corrected = SMALL | {"sample_prompts": ("a dog", "a cat"), "sample_steps": 2}
+    result = fork(*command("unet", corrected), cwd=cwd, inject={"signal_at_step": (signal.SIGINT, 1)}).wait()
+    assert result.returncode == 130 and "resumed after step 4" in result.stdout, result.stderr
+    sampled = ("sample.py", "--prompt", "x", "--run_dir", "run", "--num_images", 1)
+    assert run_here(*sampled, cwd=cwd).returncode == 0  # the newest whole epoch was saved before
+    assert b"Steps: 2," in (cwd / "run/samples/x_seed0.png").read_bytes()
+    assert fork(*command("unet", corrected), cwd=cwd).wait().returncode == 0
+    kept = {k: v for k, v in expected.items() if not k.endswith(".png")}
+    assert bits(cwd / "run") | kept == bits(cwd / "run")
+    again = fork(*command("unet", corrected | {"sample_steps": 4}), cwd=cwd).wait()
+    assert again.returncode == 0 and "this run is finished" in again.stdout, again.stderr
+    assert run_here(*sampled, cwd=cwd).returncode == 0
+    assert b"Steps: 4," in (cwd / "run/samples/x_seed0_2.png").read_bytes()
+
+
+def test_settings_of_the_other_training_may_change(stopped_run, fork):
+    for kind, change in (("vae", {"caption_dropout": 0.1, "guidance_scale": 2.0}), ("unet", {"l1_weight": 0.5})):
+        cwd, expected = stopped_run(kind, kind)
+        assert fork(*command(kind, SMALL | change), cwd=cwd).wait().returncode == 0
+        assert bits(cwd / "run") | expected == bits(cwd / "run")
+        finish(fork, kind, cwd, expected)  # with the settings of before it is the same run
+
+
 def test_a_batch_may_be_computed_in_parts_from_the_middle_of_a_run_on(stopped_run, fork):
     for kind in KINDS:
         cwd, expected = stopped_run(kind, kind)
