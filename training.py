@@ -228,6 +228,12 @@ def ema_decay_at(step, cfg):
     return min(cfg.ema_decay, (1 + step) / (10 + step)) if cfg.ema_warmup else cfg.ema_decay
 
 
+def random_share(steps, cfg):
+    """How much of the averaged weights is still the random ones that they began with."""
+    first = min(steps, 1000)  # a warm-up has forgotten them by then
+    return math.prod(ema_decay_at(step, cfg) for step in range(1, first + 1)) * cfg.ema_decay ** (steps - first)
+
+
 @torch.no_grad()
 def update_average(average, weights, decay):
     """average <- decay * average + (1 - decay) * weights; both lists of tensors, all updated at once."""
