@@ -34,15 +34,15 @@ def main():
     if args.export:
         from support.export import export_run  # needs safetensors
 
-        opener = export_run(args.export, run_dir, args.ema, args.text_encoder)
+        opener = export_run(args.export, run_dir, args.ema, args.text_encoder, args.epoch)
         print(f"wrote {args.export} from {run_dir}: opens in diffusers' {opener}, as its README.md shows")
         return
 
     device = devices.pick_device()
-    cfg, model_name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device, args.vae)
+    cfg, model_name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device, args.vae, args.epoch)
     model_name += f", VAE: {quoted(errors.printable(args.vae))}" if args.vae else ""
     options = flags.sampling_options(args, cfg)
-    encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device)
+    encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
     words = ", ".join(unknown_words(" ".join([*args.prompt, args.negative_prompt])))[:100]
     if cfg.dataset == "scenes" and words:
         print(f"warning: no painted scene has {words!r}; python scenes.py --words lists all words", file=sys.stderr)
@@ -78,12 +78,17 @@ def parse_args():
     parser = flags.Parser(description=__doc__.split("\n\n")[0])
     add, what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     what("--prompt", nargs="+", action="extend", help="one or more prompts, each in quotes")
-    what("--export", metavar="DIR", help="make a folder for diffusers; goes with --run_dir, --ema and --text_encoder")
+    what(
+        "--export",
+        metavar="DIR",
+        help="make a folder for diffusers; goes with --run_dir, --epoch, --ema, --text_encoder",
+    )
     add("--num_images", type=flags.positive_int, default=4, help="pictures per prompt (default: 4)")
     flags.add_sampling_flags(parser)
     add("--size", type=flags.positive_int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels (default: as trained)")
     add("--seed", type=int, default=0, help="picture k is drawn from seed + k (default: 0)")
     add("--mixed_precision", choices=("auto", "no", "bf16"), help="bf16 autocast (default: as in training)")
+    add("--epoch", type=flags.positive_int, metavar="N", help="use the weights of this epoch (default: the newest)")
     add("--ema", action="store_true", help="use the averaged weights instead of the trained ones")
     add("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
     add("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
@@ -93,7 +98,7 @@ def parse_args():
     if not (args.prompt or args.export):
         parser.error("--prompt: is missing; give a prompt in quotes, or a folder with --export DIR")
     for name, value in vars(args).items() if args.export else ():
-        if name not in ("export", "run_dir", "ema", "text_encoder") and value != parser.get_default(name):
+        if name not in ("export", "run_dir", "epoch", "ema", "text_encoder") and value != parser.get_default(name):
             parser.error(f"--{name}: --export does not use it")
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
         parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")

@@ -206,8 +206,8 @@ def settings_to_config(settings, path):
         raise Damaged(f"{path}: {e}") from None
 
 
-def newest_epoch_set(run_dir, kind, flag="--run_dir"):
-    """Tag and manifest of the newest set of a whole epoch. flag: the one that named run_dir."""
+def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
+    """Tag and manifest of the newest set of a whole epoch, or of that epoch's. flag: the one that named run_dir."""
     found = sets_of(run_dir, kind)
     tags = [tag for tag in found if "_" not in tag]
     if not tags:
@@ -216,7 +216,10 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir"):
             step = int(found[0].partition("_step")[2]) + 1
             remedy = f"give the command of train_{kind}.py again, with --max_steps {step} if it is to end here"
         raise UserError(f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; {remedy}")
-    return tags[0], read_manifest(run_dir, kind, tags[0])
+    if epoch is not None and f"{epoch}" not in tags:
+        raise UserError(f"--epoch {epoch}: not saved in {run_dir}; give one of {', '.join(reversed(tags))}")
+    tag = tags[0] if epoch is None else f"{epoch}"
+    return tag, read_manifest(run_dir, kind, tag)
 
 
 # ---- A training run -------------------------------------------------------------------------------------

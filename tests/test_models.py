@@ -9,12 +9,14 @@ import time
 import pytest
 import torch
 from conftest import (
+    KINDS,
     SAMPLE,
     SMALL,
     STEPS_PER_EPOCH,
     TINY,
     TRAIN,
     assert_one_line_error,
+    command,
     files,
     flags,
     forge,
@@ -119,6 +121,35 @@ def test_the_newest_run_is_the_one_in_which_an_epoch_was_saved_last(tiny_run, tm
             os.utime(tmp_path / "runs" / preset / name, (moment, moment))
     (tmp_path / "runs/coco/unet_set3_step9.json").write_text("{}")  # within an epoch
     assert newest_run() == os.path.join("runs", "demo")
+
+
+def test_an_earlier_epoch_is_sampled_measured_and_exported(tmp_path, run_here, fork, quick_judge):
+    for kind in KINDS:
+        assert fork(*command(kind, SMALL | {"save_every": 1}), cwd=tmp_path).wait().returncode == 0
+    first = torch.load(tmp_path / "run/unet_ckpt1.pth", weights_only=True)
+    _, name, _, unet, _ = load_models(str(tmp_path / "run"), False, CPU, epoch=1)
+    assert name == "unet_ckpt1" and all(torch.equal(v, first[k]) for k, v in unet.state_dict().items())
+    assert run_here(*SAMPLE, "--epoch", 1, cwd=tmp_path).returncode == 0
+    assert b"Model: unet_ckpt1" in (tmp_path / "run/samples/x_seed0.png").read_bytes()
+    measured = run_here("evaluate.py", "--run_dir", "run", "--epoch", 1, "--num_prompts", 4, "--steps", 2, cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["model"] == "unet_ckpt1"
+    assert run_here("sample.py", "--run_dir", "run", "--export", "card", "--epoch", 1, cwd=tmp_path).returncode == 0
+    assert "This is epoch 1 of 2" in (tmp_path / "card/README.md").read_text()
+    missing = run_here(*SAMPLE, "--epoch", 7, cwd=tmp_path)
+    assert_one_line_error(missing, 1, "--epoch 7: not saved in run; give one of 1, 2")
+
+
+def test_an_average_that_is_mostly_its_random_start_is_warned_of(copy, run_here, capsys):
+    """And only where it is asked for."""
+    unet = ["train_unet.py", *TRAIN, "--overwrite", *flags(TINY | {"ema_decay": 0.9999})]
+    assert run_here(*unet, cwd=copy).returncode == 0
+    warned = run_here(*SAMPLE, "--ema", cwd=copy)
+    assert "warning: --ema: 99.9% of these weights are the random ones" in warned.stderr and warned.returncode == 0
+    assert "--ema_warmup" in warned.stderr and "--ema" not in run_here(*SAMPLE, cwd=copy).stderr
+    assert "--ema" in run_here("sample.py", "--run_dir", "run", "--ema", "--export", "card", cwd=copy).stderr
+    assert run_here(*unet, "--ema_warmup", cwd=copy).returncode == 0
+    assert "--ema" not in run_here(*SAMPLE, "--ema", cwd=copy).stderr
 
 
 # ---- Models that are not to be had ----
