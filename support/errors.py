@@ -6,12 +6,16 @@ What it is not: a logger. It imports nothing of the project, and PyTorch only wh
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 
 from support.signals import SIGNALS
 
 ANOTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
+NO_KERNELS = (
+    "kernel image|invalid device function|unsupported toolchain|driver version|driver on your system|NoBinaryForGpu"
+)
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # GPU, CPU, Windows, cuBLAS
 
 
@@ -66,6 +70,12 @@ def explain_runtime_error(e):
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = str(e).strip().splitlines()[0][:200]
         return f"--compile: torch.compile does not work here ({why}); give --no-compile"
+    if re.search(NO_KERNELS, str(e)):
+        why = str(e).strip().splitlines()[0][:200]
+        return (
+            f"GPU: the installed PyTorch has no kernels for it or its driver ({why}); install a build for it (pytorch.org), "
+            "or set CUDA_VISIBLE_DEVICES=-1 in the environment to run on the CPU"
+        )
     if "DataLoader worker" in str(e):
         return "--num_workers: a process that reads pictures died; give fewer, or 0"
     if isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY):
