@@ -23,7 +23,7 @@ from PIL import PngImagePlugin
 from config import MAX_SEED
 from diffusion import configured_process, latent_shape, sample
 from scenes import unknown_words
-from support import devices, errors, files, flags, models, show
+from support import checkpoint, devices, errors, files, flags, models, show
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
 
@@ -43,6 +43,8 @@ def main():
     model_name += f", VAE: {quoted(errors.printable(args.vae))}" if args.vae else ""
     options = flags.sampling_options(args, cfg)
     encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
+    known = checkpoint.newest_epoch_set(run_dir, "unet", epoch=args.epoch)[1].get("caption", cfg.sample_prompts[0])
+    flags.warn_of_lost_quotes("--prompt", args.prompt, known)
     words = ", ".join(unknown_words(" ".join([*args.prompt, args.negative_prompt])))[:100]
     if cfg.dataset == "scenes" and words:
         print(f"warning: no painted scene has {words!r}; python scenes.py --words lists all words", file=sys.stderr)

@@ -99,16 +99,17 @@ def main():
 
     # ---- Done ----
     progress.close()
-    print(f"wrote {run.path(f'vae_ckpt_epoch{plan.last_epoch}.pth')}; next: {next_command(cfg, args)}")
+    print(f"wrote {run.path(f'vae_ckpt_epoch{plan.last_epoch}.pth')}; next: {next_command(cfg, args, run)}")
 
 
 def read_data(cfg, run):
     """-> training pictures (N, 3, S, S) and held-out ones, uint8."""
     train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
     with run.world.rank0_first():
-        pixels, _ = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
-        held_out, _ = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
+        pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
+        held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
     run.about["data"] = data.fingerprint(pixels, [len(pixels), len(held_out)], held_out)
+    run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
     return devices.move_if_it_fits(pixels, run.world.device), held_out
 
 
@@ -163,10 +164,10 @@ def draw_curves(run):
     show.plot_curves(run.path("vae_curves.png"), panels)
 
 
-def next_command(cfg, args):
+def next_command(cfg, args, run):
     if cfg.finetune_decoder_of:
-        words = ["sample.py", "--run_dir", cfg.finetune_decoder_of, "--vae", args.run_dir]
-        return command_line("python", *words, "--prompt", "a red sports car")
+        words = "--run_dir", cfg.finetune_decoder_of, "--vae", args.run_dir
+        return flags.sampling_command(run.about["caption"], *words)
     words = ["train_unet.py", "--preset", args.preset, "--run_dir", args.run_dir]
     return command_line("python", *words, *flags.flags_to_hand_on(args.given))
 

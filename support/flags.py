@@ -11,6 +11,7 @@ from dataclasses import fields
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
 from samplers import SAMPLERS, choose_sampler
 from support.errors import UserError, printable, usage_error
+from support.signals import command_line
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
     "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs init_from optimizer lr "
@@ -71,7 +72,8 @@ def parse_training_args(description, stage, argv=None):
     except UserError as e:
         parser.exit(2, f"error: {printable(e)}\n")
     others = ", ".join(name for name in PRESETS if name != args.preset)
-    print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
+        print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
     return cfg, args
 
 
@@ -129,6 +131,28 @@ def flags_to_hand_on(given):
             values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
             words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
     return words
+
+
+# ---- Prompts --------------------------------------------------------------------------------------------
+
+
+def example_caption(captions):
+    """The first caption with a word in it, to show what this data is asked for with. captions: lists of strings."""
+    return printable(next((text for texts in captions for text in texts if text.strip()), ""))
+
+
+def sampling_command(prompt, *words):
+    """A command of sample.py that can be pasted into a shell, whatever the prompt."""
+    asked = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
+    return command_line("python", "sample.py", *words, *asked)
+
+
+def warn_of_lost_quotes(flag, prompts, known):
+    """One line if several prompts are single words, where the captions that the run knows are phrases."""
+    words = [printable(prompt) for prompt in prompts if len(prompt.split()) == 1]
+    if len(words) > 1 and " " in f"{known}":
+        what = f"{len(words)} prompts are single words; if they are one, put it in quotes"
+        print(f"warning: {flag}: {what}: {command_line(flag, ' '.join(words))}", file=sys.stderr)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------

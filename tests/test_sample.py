@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, forge
+from conftest import ROOT, assert_one_line_error, forge, sign
 from PIL import Image
 
 import sample as script
@@ -203,6 +203,22 @@ def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
     assert "no painted scene has 'blurry'" in run_here("sample.py", *command, *guided, cwd=tiny_run).stderr
     usual = run_here("sample.py", *command, "--prompt", "a red bus", cwd=tiny_run)
     assert "warning" not in usual.stderr and usual.returncode == 0
+
+
+def test_a_prompt_that_lost_its_quotes_is_hinted_at_where_the_run_knows_phrases(copy, run_here):
+    words = ("sample.py", "--run_dir", "run", "--steps", 1, "--num_images", 1, "--prompt")
+    hint = (
+        "warning: --prompt: 4 prompts are single words; if they are one, put it in quotes: --prompt 'a red sports car'"
+    )
+    lost = run_here(*words, "a", "red", "sports", "car", cwd=copy)
+    assert hint in lost.stderr and lost.returncode == 0
+    for prompts in (["a red car", "a dog"], ["car"], ["car", "a dog"]):
+        assert "quotes" not in run_here(*words, *prompts, cwd=copy).stderr
+    path = copy / "run/unet_set2.json"
+    manifest = json.loads(path.read_text())
+    assert " " in manifest["caption"]
+    path.write_text(sign(manifest | {"caption": "car"}))  # a run whose captions are words
+    assert "quotes" not in run_here(*words, "car", "dog", cwd=copy).stderr
 
 
 # ---- Mistakes ----
