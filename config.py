@@ -103,6 +103,7 @@ class SDConfig:
     compile: bool | None = setting(None, "torch.compile the model; auto = on CUDA in runs that gain by it", free=True)
     mixed_precision: str = setting("auto", "auto: bf16 where the processor has it", choices=("auto", "no", "bf16"))
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)
+    keep_last: int = setting(0, "checkpoints that are kept, the newest so many; 0 = all", 0, free=True)
     save_minutes: float = setting(10.0, "minutes between saves within an epoch; 0 = after every step", 0, free=True)
     sample_prompts: tuple[str, ...] = setting(
         ("a dog on the grass", "a red sports car"), "prompts of each epoch's samples", free=True

@@ -574,11 +574,12 @@ class Run:
         return found
 
     def staying(self, tags):
-        """Of these sets those whose weights stay: the newest whole epoch, and those of every --save_every epochs."""
+        """Of these sets those whose weights stay: the newest whole epoch, and of --save_every's the --keep_last newest."""
         whole = [tag for tag in tags if "_" not in tag]
         if self.kind == "vae" and sets_of(self.dir, "unet"):
             return {*whole}  # it was trained on one of them
-        return {*whole[:1], *(tag for tag in whole if self.is_planned(tag))}
+        planned = [tag for tag in whole if self.is_planned(tag)]
+        return {*whole[:1], *planned[: self.cfg.keep_last or None]}
 
     def is_planned(self, tag):
         with contextlib.suppress(UserError):  # what cannot be read is for people to look at

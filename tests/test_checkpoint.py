@@ -5,16 +5,20 @@ through the steps that it leads to. A damaged, foreign or hostile file is named 
 was, byte for byte.
 """
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import zipfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +48,8 @@ from PIL import Image
 
 from config import SDConfig
 from data import open_dataset, read_pictures
+from support import checkpoint
+from support.processes import World
 from support.show import progress_bar
 
 # ---- Exact resume ----
@@ -549,6 +555,55 @@ def test_a_state_of_another_model_is_refused(stopped_run, run_here, how):
     for tag in ("1_step1", "1_step2"):
         forge(cwd / "run", "vae", tag, f"vae_state{tag}.pth", BAD_STATES[how](good))
     assert_one_line_error(run_here(*command("vae"), cwd=cwd), 1, "vae_state1_step2.pth", "--overwrite")
+
+
+# ---- Which epochs stay ----
+
+
+@pytest.mark.parametrize("keep, left", [(0, ["2", "4", "5"]), (1, ["5"]), (2, ["4", "5"])])
+def test_every_so_many_epochs_stay_and_of_them_the_newest(begin, fork, keep, left):
+    """And the one in which a run was stopped is among the newest while it is."""
+    cwd, _ = begin("vae")
+    settings = SMALL | {"num_epochs": 5, "save_every": 2, "keep_last": keep}
+    stop = {"signal_at_step": (signal.SIGINT, 3 * STEPS_PER_EPOCH + 2)}
+    assert fork(*command("vae", settings), cwd=cwd, inject=stop).wait().returncode == 130
+    assert {"vae_ckpt_epoch3.pth", "vae_set3.json"} <= {p.name for p in (cwd / "run").iterdir()}
+    assert fork(*command("vae", settings), cwd=cwd).wait().returncode == 0
+    for pattern in ("vae_ckpt_epoch*", "vae_set*"):
+        assert sorted(re.findall(r"\d+", p.name)[0] for p in (cwd / "run").glob(pattern)) == left
+
+
+@pytest.mark.parametrize("n", range(19))
+def test_sets_go_as_a_whole_wherever_their_deletion_is_killed(stopped_run, monkeypatch, n):
+    """No manifest ever lists what is gone, and what a kill leaves goes at the next call. Epoch 1 goes, 2 stays."""
+    cwd, _ = stopped_run("unet")
+    monkeypatch.chdir(cwd)
+    for path in (cwd / "run").glob("*1_step2*"):
+        for tag in "12":
+            shutil.copy(path, str(path).replace("1_step2", tag))
+    for tag in "12":
+        path = cwd / f"run/unet_set{tag}.json"
+        path.write_text(sign(json.loads(path.read_text().replace("1_step2", tag)) | {"epoch": int(tag)}))
+    args = SimpleNamespace(run_dir="run", overwrite=False, max_steps=None, preset="demo")
+    run, calls = checkpoint.Run(args, "unet", SDConfig(**SMALL), World(0, 1, torch.device("cpu"))), []
+
+    def before(path, *rest, real):
+        calls.append(path)
+        listed = [json.loads(p.read_text())["files"] for p in (cwd / "run").glob("unet_set*.json")]
+        assert all((cwd / "run" / name).exists() for names in listed for name in names if "state" not in name)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        real(path, *rest)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for name in ("replace", "remove"):
+            patch.setattr(os, name, partial(before, real=getattr(os, name)))
+        run.tidy(1)
+    assert len(calls) == n or (n == 0 and len(calls) == 18)
+    run.tidy(1)
+    left = {p.name for p in (cwd / "run").iterdir() if "unet" in p.name or "ember" in p.name}
+    weights = {f"{name}2.pth" for name in ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt", "unet_state")}
+    assert left == weights | {"unet_set2.json"}
 
 
 # ---- The directory ----
