@@ -27,7 +27,6 @@ from scenes import unknown_words
 from support import checkpoint, devices, errors, files, flags, models, show
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
-MAX_PROMPTS_BYTES = 1 << 24
 
 
 def main():
@@ -114,7 +113,7 @@ def parse_args():
 def read_prompts(path):
     """-> the lines of a UTF-8 file that are not blank."""
     try:
-        lines = files.read_file(path, MAX_PROMPTS_BYTES).decode("utf-8-sig").replace("\r", "\n").split("\n")
+        lines = files.read_file(path, 1 << 24).decode("utf-8-sig").replace("\r", "\n").split("\n")
     except files.Damaged as e:
         raise errors.UserError(f"--prompts_file {str(e).removesuffix('; restore it')}; give another") from None
     except UnicodeDecodeError:

@@ -110,8 +110,7 @@ def main():
 
     # ---- Done ----
     progress.close()
-    sample_command = flags.sampling_command(run.about["caption"], "--run_dir", args.run_dir)
-    print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {sample_command}")
+    print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
 
 
 def read_data(cfg, run, vae, text_encoder):
@@ -227,6 +226,10 @@ def draw_curves(run):
     }
     rates = {"learning rate": (train["step"], train["lr"])}
     show.plot_curves(run.path("unet_curves.png"), {"loss": losses, "learning rate": rates})
+
+
+def next_command(run):
+    return flags.sampling_command(run.about["caption"], "--run_dir", run.dir)
 
 
 if __name__ == "__main__":

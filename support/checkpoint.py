@@ -228,14 +228,13 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
 class Run:
     """One trainer's place in a run directory.
 
-    kind: "vae" or "unet". about: what its manifests say of the run. last_saved: the newest set. kept: how many states
-    stay when it is finished: with a constant learning rate more epochs are then exactly what they would have been.
+    kind: "vae" or "unet". about: what its manifests say of the run. last_saved: the newest set.
     """
 
     def __init__(self, args, kind, cfg, world):
         self.world, self.dir, self.kind, self.overwrite, self.cfg = world, args.run_dir, kind, args.overwrite, cfg
         self.last_saved, self.lock, self.interrupts, self.source = "nothing", None, None, ()
-        self.kept = int(cfg.lr_schedule == "constant")
+        self.kept = int(cfg.lr_schedule == "constant")  # states of a finished run: more epochs are then exact
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {
             "torch": torch.__version__,
@@ -256,13 +255,13 @@ class Run:
     def finished(self):
         """Whether this very run is finished; UserError if the directory holds one with other settings."""
         tags = [] if self.overwrite else sets_of(self.dir, self.kind)
-        if self.cfg.init_from and tags in ([], [INITIAL_TAG]):
+        if self.cfg.init_from and not self.world.rank and tags in ([], [INITIAL_TAG]):
             self.source = self.find_source()
         for tag in tags[:1] if tags != [INITIAL_TAG] else []:
             with contextlib.suppress(Damaged):  # resume() deals with it, and says so
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
-                if self.is_done(tag, manifest) and self.is_whole(tag, manifest):
+                if self.is_done(tag, manifest):
                     kept, sampled = self.kept if manifest["finished"] else KEPT_SETS, self.follow_command()
                     if not self.world.rank and (sampled or self.surplus(kept)):  # a kill may have left a surplus
                         self.open()
@@ -278,12 +277,10 @@ class Run:
     def follow_command(self):
         """-> [(tag, manifest)] of the U-Net's sets with this command's settings of sampling, where they had others."""
         new, found = {name: self.about["settings"][name] for name in SAMPLING}, []
-        for tag in sets_of(self.dir, self.kind) if self.kind == "unet" else ():
-            with contextlib.suppress(UserError):
-                manifest = read_manifest(self.dir, self.kind, tag)
-                then = vars(manifest.pop("cfg"))
-                if any(then[name] != getattr(self.cfg, name) for name in SAMPLING):
-                    found.append((tag, manifest | {"settings": manifest["settings"] | new}))
+        for tag, manifest in self.readable("unet").items() if self.kind == "unet" else ():
+            then = vars(manifest.pop("cfg"))
+            if any(then[name] != getattr(self.cfg, name) for name in SAMPLING):
+                found.append((tag, manifest | {"settings": manifest["settings"] | new}))
         return found
 
     def find_source(self):
@@ -300,15 +297,13 @@ class Run:
         return [(os.path.join(self.cfg.init_from, name), manifest["files"][name]) for name in names]
 
     def is_done(self, tag, manifest):
-        """Whether a set is a whole epoch after which --num_epochs and --max_steps leave nothing to do."""
+        """Whether a set is a whole epoch, undamaged, after which --num_epochs and --max_steps leave nothing to do."""
         cut = manifest["step"] == manifest["settings"].get("max_steps")  # perhaps within its epoch
-        most_steps = self.about["settings"]["max_steps"] or math.inf
-        done = manifest["step"] >= most_steps or (manifest["epoch"] >= self.cfg.num_epochs and not cut)
-        return done and "_" not in tag
-
-    def is_whole(self, tag, manifest):
-        files = ((f"{prefix}{tag}.pth", manifest["files"][f"{prefix}{tag}.pth"]) for prefix in PREFIXES[self.kind])
-        return all(entry_of(read_file(self.path(name), entry["bytes"])) == entry for name, entry in files)
+        enough = manifest["step"] >= (self.about["settings"]["max_steps"] or math.inf)
+        if "_" in tag or not (enough or (manifest["epoch"] >= self.cfg.num_epochs and not cut)):
+            return False
+        entries = {name: manifest["files"][name] for name in self.names_of(tag)[:-2]}
+        return all(entry_of(read_file(self.path(name), e["bytes"])) == e for name, e in entries.items())
 
     def check_same(self, manifest):
         """UserError that lists every difference between the run that a manifest tells of and this one."""
@@ -371,7 +366,7 @@ class Run:
                 load_weights(path, entry, module)
                 print(f"starting from {path}")
             if self.overwrite:
-                self.delete_all()
+                self.delete(self.names())
             found = self.load_newest(state)
             self.tidy(KEPT_SETS)
             self.write_manifests(self.follow_command())
@@ -381,7 +376,7 @@ class Run:
             elif found.step < found.epoch * plan.steps_per_epoch:  # --max_steps had ended it within this epoch
                 whole, found.epoch = f"{found.epoch}", found.epoch - 1
                 self.save(f"{whole}_step{found.step}", found)
-                self.discard(whole)
+                self.delete(self.names_of(whole))
             self.world.wait()
             state = found or state
         self.interrupts = Interrupts(self.cfg.save_minutes, self.world.rank)
@@ -397,7 +392,7 @@ class Run:
                 if tag == INITIAL_TAG and not damaged:  # no step was taken with what it holds
                     print(f"begins anew, as no step was taken before: {str(e).rpartition('; ')[0]}")
                     remove(*map(self.path, self.csv))
-                    self.discard(tag)
+                    self.delete(self.names_of(tag))
                     break
                 if not isinstance(e, Damaged):
                     raise
@@ -428,7 +423,7 @@ class Run:
         """Load one whole set -> its State, of the same kinds as those of `start`; Damaged if any of it is not right."""
         manifest = read_manifest(self.dir, self.kind, tag)
         self.check_same(manifest)
-        files, names = manifest["files"], [f"{prefix}{tag}.pth" for prefix in self.prefixes]
+        files, names = manifest["files"], self.names_of(tag)[:-1]
         if set(files) != set(names):
             raise Damaged(f"{manifest_path(self.dir, self.kind, tag)}: does not list this set's files; restore it")
         for name, module in zip(names, self.modules):
@@ -461,21 +456,19 @@ class Run:
 
     def check_plan(self, manifest, state):
         """Say what more or fewer steps than were planned do to the learning rate; UserError if too many are taken."""
-        now, then = self.about["settings"], manifest["settings"]
+        now, then, total = self.about["settings"], manifest["settings"], self.plan.total_steps
         changed = ", ".join(f"{k} was {then.get(k)}, now {now[k]}" for k in PLAN if then.get(k) != now[k])
-        total, lr = self.plan.total_steps, "the learning rate is constant, so this is exact"
         if state.step + bool(state.count) > total:  # a row that has begun in the table needs a step to end it
+            remedy = "give more --num_epochs or --max_steps, another --run_dir, or --overwrite to start over"
             raise UserError(
-                f"--run_dir {self.dir}: has taken {state.step} steps, and {total} are asked for ({changed}); give more "
-                "--num_epochs or --max_steps, another --run_dir, or --overwrite to start over"
+                f"--run_dir {self.dir}: has taken {state.step} steps of {total} asked for ({changed}); {remedy}"
             )
-        if self.cfg.lr_schedule != "constant":
-            rate = lr_at(state.step + 1, total, self.cfg, state.restart)
-            lr = f"the learning rate goes on along the cosine of all {total} steps, from {rate:.2g} down to 0"
-        if changed and 0 < state.restart == state.step:
-            lr = f"{lr.removesuffix(', so this is exact')}; the optimizer begins anew from the trained weights"
+        anew, rate = 0 < state.restart == state.step, lr_at(state.step + 1, total, self.cfg, state.restart)
+        lr = f"the learning rate goes on along the cosine of all {total} steps, from {rate:.2g} down to 0"
+        if self.cfg.lr_schedule == "constant":
+            lr = f"the learning rate is constant{'' if anew else ', so this is exact'}"
         if changed:
-            print(f"{changed}: {lr}")
+            print(f"{changed}: {lr}{'; the optimizer begins anew from the trained weights' if anew else ''}")
 
     def read_csv(self):
         """-> {name: text} of the run's CSV files that are there."""
@@ -546,61 +539,62 @@ class Run:
 
     # ---- Tidying ----
 
-    def discard(self, tag):
-        os.replace(manifest_path(self.dir, self.kind, tag), f"{manifest_path(self.dir, self.kind, tag)}.tmp")
-        self.tidy(KEPT_SETS)  # of what it marks
-
     def tidy(self, kept):
-        """Delete the surplus(). A set vanishes when its manifest is renamed, all at once; the new name marks its files."""
-        names = self.surplus(kept)
-        for name in names:
-            if name.endswith(".json"):
-                os.replace(self.path(name), self.path(f"{name}.tmp"))
-        remove(*(self.path(name) for name in names if ".json" not in name))
-        remove(*(self.path(f"{name.removesuffix('.tmp')}.tmp") for name in names if ".json" in name))
+        """Delete what a killed run left, what only resuming needs of all but the newest `kept` sets, and epochs that are
+        not to stay."""
+        self.delete(self.surplus(kept))
 
     def surplus(self, kept):
-        """Names of the files that go: what a killed run left, what only resuming needs of all but the newest `kept` sets,
-        and epochs that are not to stay."""
-        tags, names = sets_of(self.dir, self.kind), [name for name in os.listdir(self.dir) if self.is_ours(name)]
-        marked = {name[len(f"{self.kind}_set") : -len(".json.tmp")] for name in names if name.endswith(".json.tmp")}
+        tags, names = sets_of(self.dir, self.kind), self.names()
+        marked = {*re.findall(rf"^{self.kind}_set(.+)\.json\.tmp$", "\n".join(names), re.MULTILINE)}
         gone, found = {*tags[kept:]} - self.staying(tags) | marked - {*tags}, []
         for name in names:
-            tag = (re.findall(r"(\d+(?:_step\d+)?)\.(?:pth|json)$", name) or [""])[0]
-            orphan = "_" in tag and tag not in tags
-            for_resuming = tag and name.startswith(self.prefixes[-1]) and tag not in tags[:kept]
-            if name.endswith(".tmp") or tag in gone or orphan or for_resuming:
+            tag = (re.findall(r"(\d+(?:_step\d+)?)\.(?:pth|json)$", name) or [None])[0]  # of its set, if it is of one
+            orphan = "_step" in name and tag not in tags
+            for_resuming = name.startswith(self.prefixes[-1]) and tag not in tags[:kept]
+            if name.endswith(".tmp") or (tag and (tag in gone or orphan or for_resuming)):
                 found.append(name)
         return found
 
     def staying(self, tags):
-        """Of these sets those whose weights stay: the newest whole epoch, and of --save_every's the --keep_last newest."""
-        whole = [tag for tag in tags if "_" not in tag]
-        if self.kind == "vae" and sets_of(self.dir, "unet"):
-            return {*whole}  # it was trained on one of them
-        planned = [tag for tag in whole if self.is_planned(tag)]
-        return {*whole[:1], *planned[: self.cfg.keep_last or None]}
+        """Of these sets those whose weights stay: the newest whole epoch, VAEs that the U-Net was trained on, and the
+        --keep_last newest of every --save_every epochs."""
+        whole, between = [tag for tag in tags if "_" not in tag], set()
+        for tag, manifest in self.readable(self.kind).items():
+            cfg = manifest["cfg"]  # --save_every may have been another then
+            between |= {tag} if manifest["epoch"] % cfg.save_every and not manifest["finished"] else set()
+        used = {name for manifest in self.readable("unet").values() for name in manifest.get("made_from", ())}
+        due = [tag for tag in whole if tag not in between][: self.cfg.keep_last or None]
+        return {*whole[:1], *due, *(tag for tag in whole if f"{self.prefixes[0]}{tag}.pth" in used)}
 
-    def is_planned(self, tag):
-        with contextlib.suppress(UserError):  # what cannot be read is for people to look at
-            manifest = read_manifest(self.dir, self.kind, tag)
-            return manifest["finished"] or manifest["epoch"] % manifest["cfg"].save_every == 0
-        return True
+    def readable(self, kind):
+        """-> {tag: manifest} of the sets that can be read, newest first."""
+        found = {}
+        for tag in sets_of(self.dir, kind):
+            with contextlib.suppress(UserError):
+                found[tag] = read_manifest(self.dir, kind, tag)
+        return found
+
+    def delete(self, names):
+        """A set vanishes when its manifest is renamed, all at once; the new name marks its files until they are gone."""
+        for path in (self.path(name) for name in names if name.endswith(".json")):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, f"{path}.tmp")
+        remove(*(self.path(name) for name in names if ".json" not in name))
+        remove(*(self.path(f"{name}{ending}") for name in names if ".json" in name for ending in ("", ".tmp")))
 
     def put_aside(self, tag):
         """Rename a damaged set's files to *.damaged, the manifest last."""
-        for path in [self.path(f"{p}{tag}.pth") for p in self.prefixes] + [manifest_path(self.dir, self.kind, tag)]:
+        for path in map(self.path, self.names_of(tag)):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, f"{path}.damaged")
 
-    def delete_all(self):
-        """For --overwrite: the manifests first, so that at no time one lists what is gone."""
-        names = [name for name in os.listdir(self.dir) if self.is_ours(name)]
-        remove(*map(self.path, sorted(names, key=lambda name: not name.endswith(".json"))))
+    def names_of(self, tag):
+        return [*(f"{prefix}{tag}.pth" for prefix in self.prefixes), f"{self.kind}_set{tag}.json"]
 
-    def is_ours(self, name):
-        """Whether a run of this kind writes such a name; others in its directory belong to somebody else."""
+    def names(self):
+        """The files in the directory that a run of this kind writes; others belong to somebody else."""
         tag, kind = r"\d+(_step\d+)?", self.kind
         pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
         pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?"
-        return re.fullmatch(pattern, name) is not None
+        return [name for name in os.listdir(self.dir) if re.fullmatch(pattern, name)]

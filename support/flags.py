@@ -133,7 +133,7 @@ def flags_to_hand_on(given):
     return words
 
 
-# ---- Prompts --------------------------------------------------------------------------------------------
+# ---- Sampling -------------------------------------------------------------------------------------------
 
 
 def example_caption(captions):
@@ -153,9 +153,6 @@ def warn_of_lost_quotes(flag, prompts, known):
     if len(words) > 1 and " " in f"{known}":
         what = f"{len(words)} prompts are single words; if they are one, put it in quotes"
         print(f"warning: {flag}: {what}: {command_line(flag, ' '.join(words))}", file=sys.stderr)
-
-
-# ---- Sampling -------------------------------------------------------------------------------------------
 
 
 def add_sampling_flags(parser):

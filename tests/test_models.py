@@ -181,7 +181,9 @@ def test_a_vae_that_was_stopped_is_used_as_its_newest_whole_epoch_left_it(tmp_pa
     before = files(tmp_path / "run")
     assert fork(*words, cwd=tmp_path).wait().returncode == 0  # goes on, and leaves the U-Net its VAE
     assert run_here(*SAMPLE, cwd=tmp_path).returncode == 0
-    assert files(tmp_path / "run")["vae_ckpt_epoch2.pth"] == before["vae_ckpt_epoch2.pth"]
+    after = files(tmp_path / "run")
+    assert after["vae_ckpt_epoch2.pth"] == before["vae_ckpt_epoch2.pth"] and "vae_ckpt_epoch5.pth" in after
+    assert "vae_ckpt_epoch4.pth" not in after  # saved, and of no use to anybody
 
     words = ("train_vae.py", "--preset", "demo", "--run_dir", "short", *flags(SMALL))
     stop = {"signal_at_step": (signal.SIGINT, 2)}
