@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1  # PyTorch's generator on the CPU uses no more of a seed
 def setting(default, text, low=None, high=None, *, choices=None, free=False):
     """A field with its help text and inclusive range (of each entry, if it is a tuple).
 
-    free: may change while a run goes on, because it changes no result (compile: the last bits).
+    free: may change while a run goes on, because it changes no weights (compile, grad_accumulation: the last bits).
     """
     metadata = {"help": text, "low": low, "high": high, "choices": choices, "free": free}
     return field(default=default, metadata=metadata)
@@ -73,14 +73,15 @@ class SDConfig:
     caption_dropout: float = setting(0.0, "share of captions replaced by the empty one, which guidance needs", 0, 1)
 
     # sampling; flags of sample.py and evaluate.py come before these
-    sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", 0, 100_000)
-    guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", -LARGEST)
-    guidance_interval: tuple[float, ...] = setting((0.0, 1.0), "times to guide in: 0 is clean, 1 pure noise", 0, 1)
-    guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1)
+    sample_steps: int = setting(0, "denoising steps of a picture; 0 = T", 0, 100_000, free=True)
+    guidance_scale: float = setting(1.0, "how much the prompt is exaggerated; 1 = not", -LARGEST, free=True)
+    guidance_interval: tuple[float, ...] = setting((0.0, 1.0), "times to guide in: 0 clean, 1 noise", 0, 1, free=True)
+    guidance_rescale: float = setting(0.0, "how much of the contrast that guidance adds is taken back", 0, 1, free=True)
 
     # training
     batch_size: int = setting(32, "pictures per optimizer step", 1)
     num_epochs: int = setting(15, "passes over the training pictures", 1)
+    init_from: str = setting("", "run from whose trained weights a new one starts; '' = random ones")
     optimizer: str = setting("adam", "adam, or muon for the hidden matrices", choices=("adam", "muon"))
     lr: float = setting(1e-4, "learning rate", 0)
     lr_schedule: str = setting("cosine", "cosine (annealed to 0) or constant", choices=("cosine", "constant"))
@@ -90,12 +91,15 @@ class SDConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 = they are not", 0)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", 0, 1)
     ema_warmup: bool = setting(False, "start the average with a short memory: decay at most (1 + step) / (10 + step)")
-    grad_accumulation: int = setting(1, "parts that a batch is computed in, where memory is short", 1)
+    grad_accumulation: int = setting(1, "parts a batch is computed in, where memory is short", 1, free=True)
     compile: bool | None = setting(None, "torch.compile the model; auto = on CUDA in runs that gain by it", free=True)
     mixed_precision: str = setting("auto", "auto: bf16 where the processor has it", choices=("auto", "no", "bf16"))
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)
+    keep_last: int = setting(0, "checkpoints that are kept, the newest so many; 0 = all", 0, free=True)
     save_minutes: float = setting(10.0, "minutes between saves within an epoch; 0 = after every step", 0, free=True)
-    sample_prompts: tuple[str, ...] = setting(("a dog on the grass", "a red sports car"), "prompts shown at each epoch")
+    sample_prompts: tuple[str, ...] = setting(
+        ("a dog on the grass", "a red sports car"), "prompts shown at each epoch", free=True
+    )
     seed: int = setting(0, "seed of everything that is random", 0, MAX_SEED)
 
     def __post_init__(self):

@@ -55,8 +55,8 @@ def main():
     # ---- Set-up ----
     args = parse_args()
     run_dir, device = args.run_dir or models.newest_run(), devices.pick_device()
-    cfg, name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device)
-    encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device)
+    cfg, name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device, epoch=args.epoch)
+    encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
@@ -128,6 +128,7 @@ def parse_args():
     parser = flags.Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
+    add("--epoch", type=flags.positive_int, metavar="N", help="measure this epoch (default: the newest)")
     add("--ema", action="store_true", help="measure the averaged weights")
     add("--num_prompts", type=flags.positive_int, default=256, help="pictures of each kind to generate (default: 256)")
     flags.add_sampling_flags(parser)

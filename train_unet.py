@@ -23,7 +23,6 @@ import training
 from support import checkpoint, devices, encoded, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import run_script
-from support.signals import command_line
 from text_encoder import make_text_encoder
 from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
@@ -64,7 +63,8 @@ def main():
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     predict, embed_t = world.data_parallel(unet), world.data_parallel(t_embedder)
     predict = devices.maybe_compile(predict, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
-    state = run.resume([unet, t_embedder, ema], optimizer, training.State(0, 0, 0, torch.zeros((), device=device)))
+    start = training.State(0, 0, 0, window=torch.zeros((), device=device))
+    state = run.resume([unet, t_embedder, ema], optimizer, start, plan)
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)
     if world.size == 1:
         gradients = record_cuda_graph(gradients, device, parameters)
@@ -73,7 +73,7 @@ def main():
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
         for index in plan.batches(epoch, state.step):
             state.step += 1
-            lr = training.lr_at(state.step, plan.total_steps, cfg)
+            lr = training.lr_at(state.step, plan.total_steps, cfg, state.restart)
             training.seed_step(cfg.seed, state.step)
             mirrored = data.draw_mirrored(len(index), cfg)
             z = reparameterize(*pick_latents(latents, index, mirrored, device))  # drawn anew at each use
@@ -103,15 +103,14 @@ def main():
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_samples((unet, vae, t_embedder, text_encoder), process, autocast, cfg, run, epoch)
             draw_curves(run)
+            if epoch == plan.last_epoch:
+                warn_if_captions_are_ignored(figures, cfg)
         state.epoch = epoch
-        if epoch % cfg.save_every == 0 or epoch == plan.last_epoch:
-            run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
+        run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
 
     # ---- Done ----
     progress.close()
     print(f"wrote {run.path(f'unet_ckpt{plan.last_epoch}.pth')}; next: {next_command(run)}")
-    if world.rank == 0:
-        warn_if_captions_are_ignored(figures, cfg)
 
 
 def read_data(cfg, run, vae, text_encoder):
@@ -124,6 +123,8 @@ def read_data(cfg, run, vae, text_encoder):
         pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
         held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
         run.about["data"] = data.fingerprint(pixels, captions, held_out, held_out_captions)
+        run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
+        flags.warn_of_lost_quotes("--sample_prompts", cfg.sample_prompts, run.about["caption"])
         latents = [encode(pixels, what="encode training pictures")]
         if cfg.horizontal_flips:
             latents.append(encode(pixels, what="encode mirrored pictures", mirrored=True))
@@ -166,10 +167,11 @@ def batch_gradients(predict, embed_t, optimizer, autocast, cfg, world, count, z_
 def evaluate(unet, t_embedder, text_encoder, held_out, captions, process, cfg):
     """Held-out loss, and by what share of it another picture's caption or no caption raises it, with standard errors.
 
-    Latents, noise and times are the same for all captions and epochs. A lone picture's other caption is its own.
+    At the same latents, noise and timesteps at every epoch and for each caption. None where all captions are the same.
     """
     own, losses = [several[0] for several in captions], {}
-    for kind, texts in {"own": own, "other": own[1:] + own[:1], "none": [""] * len(own)}.items():
+    asked = {"own": own, "other": own[1:] + own[:1], "none": [""] * len(own)}
+    for kind, texts in asked.items():
         training.seed_step(cfg.seed, 0)
         z = reparameterize(*held_out.unbind(1))
         _, losses[kind] = diffusion.held_out_losses(unet, t_embedder, text_encoder, z, texts, process, cfg.batch_size)
@@ -177,23 +179,25 @@ def evaluate(unet, t_embedder, text_encoder, held_out, captions, process, cfg):
     figures = {"loss": loss}
     for kind in ("other", "none"):
         gap = (losses[kind] - losses["own"]).double() / loss
-        error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else float("nan")
-        figures |= {f"{kind}_caption": gap.mean().item(), f"{kind}_caption_error": error}
+        error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else None
+        found = (gap.mean().item(), error) if asked[kind] != own else (None, None)
+        figures |= dict(zip((f"{kind}_caption", f"{kind}_caption_error"), found))
     return figures
 
 
 def summary(figures):
-    costs = (
-        f"{what} {figures[f'{kind}_caption']:+.2%} ({figures[f'{kind}_caption_error']:.2%})"
-        for kind, what in (("other", "another picture's caption"), ("none", "no caption"))
-    )
+    costs = []
+    for kind, what in (("other", "another picture's caption"), ("none", "no caption")):
+        gap, error = figures[f"{kind}_caption"], figures[f"{kind}_caption_error"]
+        shown = "not measured, all are the same" if gap is None else f"{gap:+.2%}"
+        costs.append(f"{what} {shown}" + (f" ({error:.2%})" if error is not None else ""))
     return f"held-out loss {figures['loss']:.4f}; {', '.join(costs)}"
 
 
 def warn_if_captions_are_ignored(figures, cfg):
     """Warn if another picture's caption raises the loss by no more than two standard errors."""
     gap, error = figures["other_caption"], figures["other_caption_error"]
-    if not gap <= 2 * error:  # written so that NaN, from a lone held-out picture, gives no warning
+    if error is None or not gap <= 2 * error:  # without an error nothing is known, nothing is said
         return
     remedies = [f"--lr {10 * cfg.lr:.0e} with --lr_warmup_steps 200"] if cfg.lr < 5e-4 else []
     remedies += ["--prediction_type flow"] if cfg.prediction_type != "flow" else []
@@ -225,7 +229,7 @@ def draw_curves(run):
 
 
 def next_command(run):
-    return command_line("python", "sample.py", "--run_dir", run.dir, "--prompt", "a red sports car")
+    return flags.sampling_command(run.about["caption"], "--run_dir", run.dir)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def main():
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     autoencode = world.data_parallel(vae)
     autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
-    state = run.resume([vae], optimizer, training.State(0, 0, 0, window=torch.zeros(3, device=device)))
+    start = training.State(0, 0, 0, window=torch.zeros(3, device=device))
+    state = run.resume([vae], optimizer, start, plan)
     gradients = partial(batch_gradients, autoencode, optimizer, autocast, cfg, world)
     if world.size == 1:
         gradients = record_cuda_graph(gradients, device, parameters)
@@ -67,7 +68,7 @@ def main():
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
         for index in plan.batches(epoch, state.step):
             state.step += 1
-            lr = training.lr_at(state.step, plan.total_steps, cfg)
+            lr = training.lr_at(state.step, plan.total_steps, cfg, state.restart)
             training.seed_step(cfg.seed, state.step)
             eps = torch.randn(len(index), cfg.latent_channels, cfg.latent_size, cfg.latent_size, device=device)
             crops = data.draw_crops(len(index), cfg)
@@ -94,21 +95,21 @@ def main():
             show_reconstructions(vae, held_out, device, cfg, run, epoch)
             draw_curves(run)
         state.epoch = epoch
-        if epoch % cfg.save_every == 0 or epoch == plan.last_epoch:
-            run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
+        run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
 
     # ---- Done ----
     progress.close()
-    print(f"wrote {run.path(f'vae_ckpt_epoch{plan.last_epoch}.pth')}; next: {next_command(cfg, args)}")
+    print(f"wrote {run.path(f'vae_ckpt_epoch{plan.last_epoch}.pth')}; next: {next_command(cfg, args, run)}")
 
 
 def read_data(cfg, run):
     """-> training pictures (N, 3, S, S), S = image_size + random_crop, and held-out ones of image_size; uint8."""
     train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
     with run.world.rank0_first():
-        pixels, _ = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
-        held_out, _ = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
+        pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
+        held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
     run.about["data"] = data.fingerprint(pixels, [len(pixels), len(held_out)], held_out)
+    run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
     return devices.move_if_it_fits(pixels, run.world.device), held_out
 
 
@@ -163,10 +164,10 @@ def draw_curves(run):
     show.plot_curves(run.path("vae_curves.png"), panels)
 
 
-def next_command(cfg, args):
+def next_command(cfg, args, run):
     if cfg.finetune_decoder_of:
-        words = ["sample.py", "--run_dir", cfg.finetune_decoder_of, "--vae", args.run_dir]
-        return command_line("python", *words, "--prompt", "a red sports car")
+        words = "--run_dir", cfg.finetune_decoder_of, "--vae", args.run_dir
+        return flags.sampling_command(run.about["caption"], *words)
     words = ["train_unet.py", "--preset", args.preset, "--run_dir", args.run_dir]
     return command_line("python", *words, *flags.flags_to_hand_on(args.given))
 

@@ -28,6 +28,7 @@ class State:
     epoch: int  # whole epochs done
     count: int  # steps since the last row of the CSV
     window: torch.Tensor  # sums of the losses of these steps
+    restart: int = 0  # the step after which the optimizer began anew
 
     def add(self, losses):
         self.window += losses
@@ -89,10 +90,10 @@ def epoch_order(seed, epoch, count):
 # ---- The optimizer's step -------------------------------------------------------------------------------
 
 
-def lr_at(step, total_steps, cfg):
+def lr_at(step, total_steps, cfg, restart=0):
     """Learning rate of step 1 .. total_steps: a linear warm-up times a constant or a cosine to 0 (Loshchilov & Hutter
     2017, arXiv 1608.03983, Eq. 5 without restarts)."""
-    warmup = min(1.0, step / (cfg.lr_warmup_steps + 1))
+    warmup = min(1.0, (step - restart) / (cfg.lr_warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
     return cfg.lr * warmup * (cosine if cfg.lr_schedule == "cosine" else 1.0)
 
@@ -223,6 +224,12 @@ class FiniteGuard:
 def ema_decay_at(step, cfg):
     """Decay of the averaged weights (EMA) at step 1, 2, ...: cfg.ema_warmup lets them soon forget the initial ones."""
     return min(cfg.ema_decay, (1 + step) / (10 + step)) if cfg.ema_warmup else cfg.ema_decay
+
+
+def random_share(steps, cfg):
+    """How much of the averaged weights is still the random ones that they began with."""
+    first = min(steps, 1000)  # a warm-up has forgotten them by then
+    return math.prod(ema_decay_at(step, cfg) for step in range(1, first + 1)) * cfg.ema_decay ** (steps - first)
 
 
 @torch.no_grad()

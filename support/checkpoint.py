@@ -15,12 +15,13 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
 import time
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 
@@ -30,7 +31,7 @@ from support.errors import UserError, printable
 from support.files import Damaged, entry_of, read_file, remove, write_file
 from support.show import append_csv
 from support.signals import Interrupts
-from training import State
+from training import State, lr_at
 
 try:
     import fcntl
@@ -38,9 +39,22 @@ except ImportError:  # Windows: two trainings in one directory are not noticed t
     fcntl = None
 
 FORMAT = 1  # of manifest and state; a change that older code would misread raises it
+PLAN = ("num_epochs", "max_steps")  # may change while a run goes on, and when it is finished
 INITIAL_TAG = "1_step0"  # of the set that a run begins with
 KEPT_SETS = 2  # newest sets that can be resumed from: should one be damaged, there is another
 PREFIXES = {"vae": ("vae_ckpt_epoch",), "unet": ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt")}
+SAMPLING = ("sample_prompts", "sample_steps", "guidance_scale", "guidance_interval", "guidance_rescale")
+NOT_OF = {  # settings that no weight of the one depends on
+    "vae": "unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_encoder text_dim "
+    "text_length timesteps beta_start beta_end scale_betas prediction_type flow_time_mean caption_dropout ema_decay ema_warmup "
+    "captions_per_image",
+    "unet": "random_crop random_scale beta l1_weight ms_ssim_weight",
+}
+SHAPES = {  # settings that weights can only be used with
+    "vae": "latent_channels block_out_channels layers_per_block norm_num_groups",
+    "unet": "latent_channels unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_dim "
+    "prediction_type",
+}
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_TEXT = 64 << 20  # the CSV text within a state
 RETIRED = {  # settings that older code had -> the only value that this code can go on with
@@ -135,7 +149,7 @@ def load_adam(path, optimizer, saved):
 
 def state_names(optimizer, p):
     hidden = {id(q) for q in getattr(optimizer, "hidden", ())}
-    return ("momentum",) if id(p) in hidden else ("exp_avg", "exp_avg_sq", "step")
+    return ("momentum",) if id(p) in hidden else ("step", "exp_avg", "exp_avg_sq")
 
 
 # ---- Manifests ------------------------------------------------------------------------------------------
@@ -192,15 +206,20 @@ def settings_to_config(settings, path):
         raise Damaged(f"{path}: {e}") from None
 
 
-def newest_epoch_set(run_dir, kind, flag="--run_dir"):
-    """Tag and manifest of the newest set of a whole epoch. flag: the one that named run_dir."""
-    tags = [tag for tag in sets_of(run_dir, kind) if "_" not in tag]
+def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
+    """Tag and manifest of the newest set of a whole epoch, or of that epoch's. flag: the one that named run_dir."""
+    found = sets_of(run_dir, kind)
+    tags = [tag for tag in found if "_" not in tag]
     if not tags:
-        raise UserError(
-            f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; run python train_{kind}.py first, with this "
-            "folder as its --run_dir"
-        )
-    return tags[0], read_manifest(run_dir, kind, tags[0])
+        remedy = f"run python train_{kind}.py first, with this folder as its --run_dir"
+        if found and found != [INITIAL_TAG]:
+            step = int(found[0].partition("_step")[2]) + 1
+            remedy = f"give the command of train_{kind}.py again, with --max_steps {step} if it is to end here"
+        raise UserError(f"{flag} {run_dir}: no {kind}_set*.json of a whole epoch here; {remedy}")
+    if epoch is not None and f"{epoch}" not in tags:
+        raise UserError(f"--epoch {epoch}: not saved in {run_dir}; give one of {', '.join(reversed(tags))}")
+    tag = tags[0] if epoch is None else f"{epoch}"
+    return tag, read_manifest(run_dir, kind, tag)
 
 
 # ---- A training run -------------------------------------------------------------------------------------
@@ -214,7 +233,8 @@ class Run:
 
     def __init__(self, args, kind, cfg, world):
         self.world, self.dir, self.kind, self.overwrite, self.cfg = world, args.run_dir, kind, args.overwrite, cfg
-        self.last_saved, self.lock, self.interrupts = "nothing", None, None
+        self.last_saved, self.lock, self.interrupts, self.source = "nothing", None, None, ()
+        self.kept = int(cfg.lr_schedule == "constant")  # states of a finished run: more epochs are then exact
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {
             "torch": torch.__version__,
@@ -235,36 +255,62 @@ class Run:
     def finished(self):
         """Whether this very run is finished; UserError if the directory holds one with other settings."""
         tags = [] if self.overwrite else sets_of(self.dir, self.kind)
-        for tag in tags[:1]:
+        if self.cfg.init_from and not self.world.rank and tags in ([], [INITIAL_TAG]):
+            self.source = self.find_source()
+        for tag in tags[:1] if tags != [INITIAL_TAG] else []:
             with contextlib.suppress(Damaged):  # resume() deals with it, and says so
                 manifest = read_manifest(self.dir, self.kind, tag)
                 self.check_same(manifest)
-                if manifest["finished"] and self.is_whole(tag, manifest):
-                    self.finish_pruning()
+                if self.is_done(tag, manifest):
+                    kept, sampled = self.kept if manifest["finished"] else KEPT_SETS, self.follow_command()
+                    if not self.world.rank and (sampled or self.surplus(kept)):  # a kill may have left a surplus
+                        self.open()
+                        self.tidy(kept)
+                        self.write_manifests(sampled)
                     print(
                         f"{self.dir}: this run is finished (epoch {manifest['epoch']}), and the data is not looked at "
-                        "again; --overwrite starts it over"
+                        "again; a larger --num_epochs goes on, --overwrite starts it over"
                     )
                     return True
         return False
 
-    def is_whole(self, tag, manifest):
-        files = ((f"{prefix}{tag}.pth", manifest["files"][f"{prefix}{tag}.pth"]) for prefix in PREFIXES[self.kind])
-        return all(entry_of(read_file(self.path(name), entry["bytes"])) == entry for name, entry in files)
+    def follow_command(self):
+        """-> [(tag, manifest)] of the U-Net's sets with this command's settings of sampling, where they had others."""
+        new, found = {name: self.about["settings"][name] for name in SAMPLING}, []
+        for tag, manifest in self.readable("unet").items() if self.kind == "unet" else ():
+            then = vars(manifest.pop("cfg"))
+            if any(then[name] != getattr(self.cfg, name) for name in SAMPLING):
+                found.append((tag, manifest | {"settings": manifest["settings"] | new}))
+        return found
 
-    def finish_pruning(self):
-        """Delete what only resuming needed, where a run was killed between its last manifest and doing so."""
-        left = any("_state" in name or "_step" in name for name in os.listdir(self.dir) if self.is_ours(name))
-        if left and not self.world.rank:
-            self.open()
-            self.prune(0)
-            self.sweep()
+    def find_source(self):
+        """-> [(path, size and SHA-256)] of the weights that --init_from names; UserError if they fit other settings."""
+        tag, manifest = newest_epoch_set(self.cfg.init_from, self.kind, "--init_from")
+        now, then = vars(self.cfg), vars(manifest["cfg"])
+        if other := [f"{k} {then[k]} there, {now[k]} here" for k in SHAPES[self.kind].split() if then[k] != now[k]]:
+            raise UserError(f"--init_from {self.cfg.init_from}: of another model ({'; '.join(other)}); give the same")
+        if self.kind == "unet" and self.about["made_from"] != manifest["made_from"]:
+            what = "has learned the latents of another VAE; copy its vae_* files for a better start"
+            print(f"warning: --init_from {self.cfg.init_from}: {what}", file=sys.stderr)
+        # the average starts from the trained weights: its own may hold much of random ones
+        names = [f"{prefix.removeprefix('ema_')}{tag}.pth" for prefix in PREFIXES[self.kind]]
+        return [(os.path.join(self.cfg.init_from, name), manifest["files"][name]) for name in names]
+
+    def is_done(self, tag, manifest):
+        """Whether a set is a whole epoch, undamaged, after which --num_epochs and --max_steps leave nothing to do."""
+        cut = manifest["step"] == manifest["settings"].get("max_steps")  # perhaps within its epoch
+        enough = manifest["step"] >= (self.about["settings"]["max_steps"] or math.inf)
+        if "_" in tag or not (enough or (manifest["epoch"] >= self.cfg.num_epochs and not cut)):
+            return False
+        entries = {name: manifest["files"][name] for name in self.names_of(tag)[:-2]}
+        return all(entry_of(read_file(self.path(name), e["bytes"])) == e for name, e in entries.items())
 
     def check_same(self, manifest):
         """UserError that lists every difference between the run that a manifest tells of and this one."""
         free = {f.name for f in fields(SDConfig) if f.metadata["free"]}
         defaults = json.loads(json.dumps(asdict(SDConfig())))  # of settings that older code did not know
         now, then = self.about["settings"], defaults | RETIRED | manifest["settings"]
+        free |= {*PLAN, *NOT_OF[self.kind].split()}
         changed = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
         changed += [f"{k} was {then[k]}, which is no more" for k, v in RETIRED.items() if then[k] != v]
         for name, what in (
@@ -305,24 +351,32 @@ class Run:
 
     # ---- Going on ----
 
-    def resume(self, modules, optimizer, state):
+    def resume(self, modules, optimizer, state, plan):
         """Load the newest good set into modules and optimizer -> its State; `state` if the run is a new one.
 
         modules: one per PREFIXES[kind], in that order. A new run saves where it starts, so that a full disk shows now.
         UserError if nothing usable is where something should be, or if settings, data or VAE are not those of the set.
         """
-        self.modules, self.optimizer = modules, optimizer
+        self.modules, self.optimizer, self.plan = modules, optimizer, plan
         if self.world.rank:  # rank 0 finds a set, or makes one
             self.world.wait()
             state = self.load(sets_of(self.dir, self.kind)[0], state)
         else:
+            for (path, entry), module in zip(self.source, modules):
+                load_weights(path, entry, module)
+                print(f"starting from {path}")
             if self.overwrite:
-                self.delete_all()
+                self.delete(self.names())
             found = self.load_newest(state)
-            self.sweep()
+            self.tidy(KEPT_SETS)
+            self.write_manifests(self.follow_command())
             self.write_config()
             if not found:
                 self.save(INITIAL_TAG, state)
+            elif found.step < found.epoch * plan.steps_per_epoch:  # --max_steps had ended it within this epoch
+                whole, found.epoch = f"{found.epoch}", found.epoch - 1
+                self.save(f"{whole}_step{found.step}", found)
+                self.delete(self.names_of(whole))
             self.world.wait()
             state = found or state
         self.interrupts = Interrupts(self.cfg.save_minutes, self.world.rank)
@@ -334,7 +388,14 @@ class Run:
         for tag in sets_of(self.dir, self.kind):
             try:
                 state = self.load(tag, start)
-            except Damaged as e:
+            except UserError as e:
+                if tag == INITIAL_TAG and not damaged:  # no step was taken with what it holds
+                    print(f"begins anew, as no step was taken before: {str(e).rpartition('; ')[0]}")
+                    remove(*map(self.path, self.csv))
+                    self.delete(self.names_of(tag))
+                    break
+                if not isinstance(e, Damaged):
+                    raise
                 damaged.append((tag, e))
                 continue
             for bad, why in damaged:
@@ -362,23 +423,28 @@ class Run:
         """Load one whole set -> its State, of the same kinds as those of `start`; Damaged if any of it is not right."""
         manifest = read_manifest(self.dir, self.kind, tag)
         self.check_same(manifest)
-        files, names = manifest["files"], [f"{prefix}{tag}.pth" for prefix in self.prefixes]
+        files, names = manifest["files"], self.names_of(tag)[:-1]
         if set(files) != set(names):
             raise Damaged(f"{manifest_path(self.dir, self.kind, tag)}: does not list this set's files; restore it")
         for name, module in zip(names, self.modules):
             load_weights(self.path(name), files[name], module)
-        path = self.path(names[-1])
-        saved = read_tensors(path, files[names[-1]], 4 * sum(map(num_bytes, self.modules)) + MAX_STATE_TEXT)
+        path, step, epoch = self.path(names[-1]), manifest["step"], manifest["epoch"]
+        if manifest["finished"] and not os.path.lexists(path):  # nobody thought that it would go on
+            counters = vars(replace(start, step=step, epoch=epoch, restart=step))
+            saved = {"adam": [], "counters": counters, "csv": self.read_csv()}
+        else:
+            saved = read_tensors(path, files[names[-1]], 4 * sum(map(num_bytes, self.modules)) + MAX_STATE_TEXT)
         try:
             load_adam(path, self.optimizer, saved["adam"])
             state, csv = State(**saved["counters"]), {name: saved["csv"].get(name) for name in self.csv}
-            fits = state.step == manifest["step"] >= 0 and state.epoch == manifest["epoch"] >= 0
+            fits = state.step == step >= 0 and state.epoch == epoch >= 0
             fits = fits and all(type(v) is type(getattr(state, k)) for k, v in vars(start).items())
             fits = fits and state.window.shape == start.window.shape
         except (KeyError, TypeError, AttributeError, RuntimeError):
             fits = False
         if not fits:
             raise Damaged(f"{path}: not the state of such a run; restore it")
+        self.check_plan(manifest, state)
         if not self.world.rank:
             self.restore_csv(csv)
         self.last_saved = manifest_path(self.dir, self.kind, tag)
@@ -387,6 +453,30 @@ class Run:
                 print(f"warning: no longer exact to the bit: {name} was {then}, now {value}", file=sys.stderr)
         state.window = state.window.to(start.window.device)
         return state
+
+    def check_plan(self, manifest, state):
+        """Say what more or fewer steps than were planned do to the learning rate; UserError if too many are taken."""
+        now, then, total = self.about["settings"], manifest["settings"], self.plan.total_steps
+        changed = ", ".join(f"{k} was {then.get(k)}, now {now[k]}" for k in PLAN if then.get(k) != now[k])
+        if state.step + bool(state.count) > total:  # a row that has begun in the table needs a step to end it
+            remedy = "give more --num_epochs or --max_steps, another --run_dir, or --overwrite to start over"
+            raise UserError(
+                f"--run_dir {self.dir}: has taken {state.step} steps of {total} asked for ({changed}); {remedy}"
+            )
+        anew, rate = 0 < state.restart == state.step, lr_at(state.step + 1, total, self.cfg, state.restart)
+        lr = f"the learning rate goes on along the cosine of all {total} steps, from {rate:.2g} down to 0"
+        if self.cfg.lr_schedule == "constant":
+            lr = f"the learning rate is constant{'' if anew else ', so this is exact'}"
+        if changed:
+            print(f"{changed}: {lr}{'; the optimizer begins anew from the trained weights' if anew else ''}")
+
+    def read_csv(self):
+        """-> {name: text} of the run's CSV files that are there."""
+        csv = {}
+        for name in self.csv:
+            with contextlib.suppress(FileNotFoundError), open(self.path(name), newline="") as f:
+                csv[name] = f.read()
+        return csv
 
     def restore_csv(self, csv):
         """Rows written after the set was saved will be written again."""
@@ -415,17 +505,13 @@ class Run:
         self.last_saved = manifest_path(self.dir, self.kind, tag)
         if not self.world.rank:
             self.write_set(tag, state, finished)
-            self.prune(0 if finished else KEPT_SETS)
+            self.tidy(self.kept if finished else KEPT_SETS)
         if self.interrupts:
             self.interrupts.saved(state.step)
 
     def write_set(self, tag, state, finished):
-        csv = {}
-        for name in self.csv:
-            with contextlib.suppress(FileNotFoundError), open(self.path(name), newline="") as f:
-                csv[name] = f.read()
         counters = vars(state) | {"window": state.window.cpu()}
-        resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": csv}
+        resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": self.read_csv()}
         files = {}
         for prefix, content in zip(self.prefixes, [*map(plain_weights, self.modules), resuming]):
             buffer = io.BytesIO()
@@ -435,8 +521,12 @@ class Run:
             files[name] = entry_of(data)
         manifest = {"format": FORMAT, "kind": self.kind, "step": state.step, "epoch": state.epoch}
         manifest |= {"finished": finished, "files": files} | self.about
-        manifest["sha256"] = own_hash(manifest)
-        write_file(manifest_path(self.dir, self.kind, tag), json.dumps(manifest, indent=1).encode())
+        self.write_manifests([(tag, manifest)])
+
+    def write_manifests(self, manifests):
+        for tag, manifest in manifests:
+            manifest["sha256"] = own_hash(manifest)
+            write_file(manifest_path(self.dir, self.kind, tag), json.dumps(manifest, indent=1).encode())
 
     def write_config(self):
         """config.json: the settings of both trainers, for people; no script reads it."""
@@ -449,36 +539,62 @@ class Run:
 
     # ---- Tidying ----
 
-    def prune(self, kept):
-        """Delete what only resuming needs, of all but the newest `kept` sets; the weights of whole epochs stay."""
-        for tag in sets_of(self.dir, self.kind)[kept:]:
-            if "_" in tag:
-                remove(manifest_path(self.dir, self.kind, tag))  # first, so that no manifest lists what is gone
-                remove(*(self.path(f"{prefix}{tag}.pth") for prefix in self.prefixes[:-1]))
-            remove(self.path(f"{self.prefixes[-1]}{tag}.pth"))
+    def tidy(self, kept):
+        """Delete what a killed run left, what only resuming needs of all but the newest `kept` sets, and epochs that are
+        not to stay."""
+        self.delete(self.surplus(kept))
 
-    def sweep(self):
-        """Delete what a killed run left: temporary files, and files of sets that never got a manifest."""
-        tags, prefixes = set(sets_of(self.dir, self.kind)), "|".join(self.prefixes)
-        for name in os.listdir(self.dir):
-            orphan = re.fullmatch(rf"(?:{prefixes})(\d+_step\d+)\.pth", name)
-            if (orphan and orphan[1] not in tags) or (name.endswith(".tmp") and self.is_ours(name)):
-                remove(self.path(name))
+    def surplus(self, kept):
+        tags, names = sets_of(self.dir, self.kind), self.names()
+        marked = {*re.findall(rf"^{self.kind}_set(.+)\.json\.tmp$", "\n".join(names), re.MULTILINE)}
+        gone, found = {*tags[kept:]} - self.staying(tags) | marked - {*tags}, []
+        for name in names:
+            tag = (re.findall(r"(\d+(?:_step\d+)?)\.(?:pth|json)$", name) or [None])[0]  # of its set, if it is of one
+            orphan = "_step" in name and tag not in tags
+            for_resuming = name.startswith(self.prefixes[-1]) and tag not in tags[:kept]
+            if name.endswith(".tmp") or (tag and (tag in gone or orphan or for_resuming)):
+                found.append(name)
+        return found
+
+    def staying(self, tags):
+        """Of these sets those whose weights stay: the newest whole epoch, VAEs that the U-Net was trained on, and the
+        --keep_last newest of every --save_every epochs."""
+        whole, between = [tag for tag in tags if "_" not in tag], set()
+        for tag, manifest in self.readable(self.kind).items():
+            cfg = manifest["cfg"]  # --save_every may have been another then
+            between |= {tag} if manifest["epoch"] % cfg.save_every and not manifest["finished"] else set()
+        used = {name for manifest in self.readable("unet").values() for name in manifest.get("made_from", ())}
+        due = [tag for tag in whole if tag not in between][: self.cfg.keep_last or None]
+        return {*whole[:1], *due, *(tag for tag in whole if f"{self.prefixes[0]}{tag}.pth" in used)}
+
+    def readable(self, kind):
+        """-> {tag: manifest} of the sets that can be read, newest first."""
+        found = {}
+        for tag in sets_of(self.dir, kind):
+            with contextlib.suppress(UserError):
+                found[tag] = read_manifest(self.dir, kind, tag)
+        return found
+
+    def delete(self, names):
+        """A set vanishes when its manifest is renamed, all at once; the new name marks its files until they are gone."""
+        for path in (self.path(name) for name in names if name.endswith(".json")):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, f"{path}.tmp")
+        remove(*(self.path(name) for name in names if ".json" not in name))
+        remove(*(self.path(f"{name}{ending}") for name in names if ".json" in name for ending in ("", ".tmp")))
 
     def put_aside(self, tag):
         """Rename a damaged set's files to *.damaged, the manifest last."""
-        for path in [self.path(f"{p}{tag}.pth") for p in self.prefixes] + [manifest_path(self.dir, self.kind, tag)]:
+        for path in map(self.path, self.names_of(tag)):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, f"{path}.damaged")
 
-    def delete_all(self):
-        """For --overwrite: the manifests first, so that at no time one lists what is gone."""
-        names = [name for name in os.listdir(self.dir) if self.is_ours(name)]
-        remove(*map(self.path, sorted(names, key=lambda name: not name.endswith(".json"))))
+    def names_of(self, tag):
+        return [*(f"{prefix}{tag}.pth" for prefix in self.prefixes), f"{self.kind}_set{tag}.json"]
 
-    def is_ours(self, name):
-        """Whether a run of this kind writes such a name; others in its directory belong to somebody else."""
+    def names(self):
+        """The files in the directory that a run of this kind writes; others belong to somebody else."""
         tag, kind = r"\d+(_step\d+)?", self.kind
         pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
         pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?"
-        return re.fullmatch(pattern, name) is not None
+        return [name for name in os.listdir(self.dir) if re.fullmatch(pattern, name)]

@@ -6,12 +6,16 @@ What it is not: a logger. It imports nothing of the project, and PyTorch only wh
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 
 from support.signals import SIGNALS
 
 ANOTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
+NO_KERNELS = (
+    "kernel image|invalid device function|unsupported toolchain|driver version|driver on your system|NoBinaryForGpu"
+)
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # GPU, CPU, Windows, cuBLAS
 
 
@@ -63,10 +67,19 @@ def explain(e):
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = str(e).strip().splitlines()[0][:200]
         return f"--compile: torch.compile does not work here ({why}); give --no-compile"
+    if re.search(NO_KERNELS, str(e)):
+        why = str(e).strip().splitlines()[0][:200]
+        return (
+            f"GPU: the installed PyTorch has no kernels for it or its driver ({why}); install a build for it (pytorch.org), "
+            "or set CUDA_VISIBLE_DEVICES=-1 in the environment to run on the CPU"
+        )
     if "DataLoader worker" in str(e):
         return "--num_workers: a process that reads pictures died; give fewer, or 0"
     if isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY):
-        return "--batch_size (of sample.py --size): not enough memory; give a smaller one, or fewer --max_images"
+        return (
+            "--batch_size (of sample.py --size): not enough memory; give --grad_accumulation 2 or more, which keeps the "
+            "result and may change in mid-run, a smaller batch or size, or fewer --max_images"
+        )
     if any(words in str(e) for words in ANOTHER_ENDED):
         remedy = "mend that, and the same command goes on from the last save"
         return f"another process of this run has ended and says why ({last_line}); {remedy}"

@@ -35,16 +35,16 @@ MODEL_INDEX = {
 }
 
 
-def export_run(folder, run_dir, ema=False, source=None):
-    """Write the newest epoch of a run to `folder`, which must not exist or be empty -> the class that opens it.
+def export_run(folder, run_dir, ema=False, source=None, epoch=None):
+    """Write an epoch of a run, the newest if none is named, to `folder`, which must not exist or be empty -> the class that opens it.
 
     source: "clip" or the directory of the run's CLIP, if it has moved. UserError or OSError, in one line, if anything
     cannot be read or written; then there is no such folder.
     """
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise errors.UserError(f"--export {folder}: is there already, and not an empty folder; give another name")
-    cfg, name, vae, unet, t_embedder = models.load_models(run_dir, ema, torch.device("cpu"))
-    encoder = models.load_text_encoder(run_dir, cfg, source, torch.device("cpu"))
+    cfg, name, vae, unet, t_embedder = models.load_models(run_dir, ema, torch.device("cpu"), epoch=epoch)
+    encoder = models.load_text_encoder(run_dir, cfg, source, torch.device("cpu"), epoch)
     with_clip = isinstance(encoder, ClipTextEncoder)
     pipeline = with_clip and cfg.prediction_type != "flow"  # StableDiffusionPipeline cannot sample flow
     unet_weights = checkpoint.plain_weights(unet)

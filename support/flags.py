@@ -11,10 +11,11 @@ from dataclasses import fields, replace
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
 from samplers import SAMPLERS, choose_sampler
 from support.errors import UserError, printable, usage_error
+from support.signals import command_line
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
-    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs optimizer lr "
-    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every save_minutes compile"
+    "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs init_from optimizer lr "
+    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every keep_last save_minutes compile"
 )
 PRESET_HELP = (
     "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
@@ -70,11 +71,12 @@ def parse_training_args(description, stage, argv=None):
         what = "preset demo uses no files; leave out --preset demo, or --data_root and --captions_json"
         check(args.preset != "demo" or not own_files, "data_root", what)
         cfg = preset_config(args.preset, stage, given)
-        check_finetuning(cfg.finetune_decoder_of, args.run_dir, stage)
+        check_sources(cfg, args.run_dir, stage)
     except UserError as e:
         usage_error(e)
     others = ", ".join(name for name in PRESETS if name != args.preset)
-    print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
+        print(f"preset {args.preset}, {reason}; the others, for --preset: {others}")
     return cfg, args
 
 
@@ -119,12 +121,15 @@ def choose_preset(asked, given):
     return "demo", f"because {captions} is not there; README.md says how to get COCO"
 
 
-def check_finetuning(source, run_dir, stage):
-    """--finetune_decoder_of is for train_vae.py, into a folder of its own."""
+def check_sources(cfg, run_dir, stage):
+    """--finetune_decoder_of is for train_vae.py. What it or --init_from names stays as it is: the run is another."""
+    source = cfg.finetune_decoder_of
     remedy = "is a flag of train_vae.py; leave it out: a U-Net of that VAE stays valid as it is"
     check(stage == "vae" or not source, "finetune_decoder_of", remedy)
-    own_folder = not source or os.path.realpath(source) != os.path.realpath(run_dir)
-    check(own_folder, "run_dir", "holds the VAE to be finetuned, which must stay as it is; give another folder")
+    check(not (source and cfg.init_from), "init_from", "--finetune_decoder_of says where to start; leave one out")
+    for used, what in ((source, "holds the VAE to be finetuned"), (cfg.init_from, "is what --init_from names")):
+        own_folder = not used or os.path.realpath(used) != os.path.realpath(run_dir)
+        check(own_folder, "run_dir", f"{what}, which must stay as it is; give another folder")
 
 
 def flags_to_hand_on(given):
@@ -138,6 +143,25 @@ def flags_to_hand_on(given):
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------
+
+
+def example_caption(captions):
+    """The first caption with a word in it, to show what this data is asked for with. captions: lists of strings."""
+    return printable(next((text for texts in captions for text in texts if text.strip()), ""))
+
+
+def sampling_command(prompt, *words):
+    """A command of sample.py that can be pasted into a shell, whatever the prompt."""
+    asked = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
+    return command_line("python", "sample.py", *words, *asked)
+
+
+def warn_of_lost_quotes(flag, prompts, known):
+    """One line if several prompts are single words, where the captions that the run knows are phrases."""
+    words = [printable(prompt) for prompt in prompts if len(prompt.split()) == 1]
+    if len(words) > 1 and " " in f"{known}":
+        what = f"{len(words)} prompts are single words; if they are one, put it in quotes"
+        print(f"warning: {flag}: {what}: {command_line(flag, ' '.join(words))}", file=sys.stderr)
 
 
 def add_sampling_flags(parser):

@@ -13,6 +13,7 @@ from support.checkpoint import load_weights, manifest_path, most_bytes, newest_e
 from support.errors import UserError
 from support.files import Damaged
 from text_encoder import make_text_encoder
+from training import random_share
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
 
@@ -30,13 +31,13 @@ def newest_run():
     return saved[max(saved)]
 
 
-def load_models(run_dir, ema, device, vae_dir=None):
-    """The newest epoch's models -> cfg, name of the U-Net's file, vae, unet, t_embedder, ready for use.
+def load_models(run_dir, ema, device, vae_dir=None, epoch=None):
+    """An epoch's models, the newest's if none is named -> cfg, name of the U-Net's file, vae, unet, t_embedder.
 
-    The VAE is the one that the U-Net was trained on, or that of vae_dir if only its decoder is another; UserError,
+    All are ready for use. The VAE is the one that the U-Net was trained on, or that of vae_dir if only its decoder is another; UserError,
     naming the file, if any is not as it was saved.
     """
-    tag, manifest = newest_epoch_set(run_dir, "unet")
+    tag, manifest = newest_epoch_set(run_dir, "unet", epoch=epoch)
     cfg, name = manifest["cfg"], f"{'ema_' if ema else ''}unet_ckpt{tag}"
     made_from = manifest.get("made_from", {})
     files, vae_file = manifest["files"] | made_from, os.path.basename(next(iter(made_from), "the VAE"))
@@ -58,6 +59,11 @@ def load_models(run_dir, ema, device, vae_dir=None):
         models.append(module.to(device).eval())
     if vae_dir:
         models[0] = load_other_decoder(vae_dir, cfg, models[0], device, run_dir)
+    share = random_share(manifest["step"], cfg) if ema and not cfg.init_from else 0
+    if share > 0.01:
+        what = f"{share:.1%} of these weights are the random ones that the average began with, {manifest['step']} steps ago"
+        remedy = "leave --ema out, or train for longer, with --ema_warmup or a lower --ema_decay"
+        print(f"warning: --ema: {what}, at --ema_decay {cfg.ema_decay}; {remedy}", file=sys.stderr)
     return cfg, name, *models
 
 
@@ -84,13 +90,13 @@ def load_other_decoder(vae_dir, cfg, own, device, run_dir):
     return vae
 
 
-def load_text_encoder(run_dir, cfg, source, device):
+def load_text_encoder(run_dir, cfg, source, device, epoch=None):
     """The text encoder that the run was trained with; OSError or UserError if it cannot be had or is another.
 
     source: "clip" or a directory, if it is no longer where training found it, else None.
     """
     encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
-    tag, manifest = newest_epoch_set(run_dir, "unet")
+    tag, manifest = newest_epoch_set(run_dir, "unet", epoch=epoch)
     if manifest.get("text") not in (None, encoder.key()):
         path = manifest_path(run_dir, "unet", tag)
         raise UserError(f"--text_encoder: not the weights that {path} was trained with; give the same ones")
@@ -98,7 +104,7 @@ def load_text_encoder(run_dir, cfg, source, device):
 
 
 def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
-    """-> the run's VAE and {its file: size and SHA-256}; UserError if it is not finished or was made otherwise.
+    """-> the VAE of the run's newest epoch and {its file: size and SHA-256}; UserError if it was made otherwise.
 
     given: settings that the user has named; a data set other than the VAE's must be among them.
     """
@@ -121,10 +127,9 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
     if theirs.held_out_combinations != cfg.held_out_combinations:
         what = "the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it"
         print(f"warning: {what}", file=sys.stderr)
-    if not manifest["finished"]:
-        raise UserError(f"{flag} {run_dir}: train_vae.py has not finished here; give its command again")
     file = f"vae_ckpt_epoch{tag}.pth"
     vae = AutoencoderKL(cfg)
     load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
-    print(f"VAE: {os.path.join(run_dir, file)}")
+    early = "" if manifest["finished"] else f": epoch {tag} of {theirs.num_epochs}, where its training was stopped"
+    print(f"VAE: {os.path.join(run_dir, file)}{early}")
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}

@@ -325,7 +325,8 @@ def bench_save(device, rounds):
             itertools.count(1),
             os.path.join(folder, "bare"),
         )
-        state = run.resume(modules, optimizer, training.State(0, 0, 0, torch.zeros(())))
+        plan = training.Plan(1, 1, LARGEST, None, 0)
+        state = run.resume(modules, optimizer, training.State(0, 0, 0, torch.zeros(())), plan)
 
         def ours():
             state.step = next(number)

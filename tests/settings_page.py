@@ -18,7 +18,8 @@ HEAD = """# Settings
 
 Every field of `SDConfig` in `config.py` is a flag of both trainers: `--batch_size 16`. A setting that is on or off is
 `--skip_bad` or `--no-skip_bad`; one with several values takes them in a row: `--block_out_channels 32 64`. The defaults
-are those of preset `coco`. A run keeps its settings: they cannot change while it goes on, but for those marked **free**.
+are those of preset `coco`. A run keeps its settings: they cannot change while it goes on, but for those marked **free** and
+`num_epochs` ([long-runs.md](long-runs.md#plans-that-change)).
 
 `python tests/settings_page.py > docs/settings.md` makes this page from `config.py`.
 """

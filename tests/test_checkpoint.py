@@ -5,16 +5,20 @@ through the steps that it leads to. A damaged, foreign or hostile file is named 
 was, byte for byte.
 """
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import zipfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +48,8 @@ from PIL import Image
 
 from config import SDConfig
 from data import open_dataset, read_pictures
+from support import checkpoint
+from support.processes import World
 from support.show import progress_bar
 
 # ---- Exact resume ----
@@ -119,6 +125,121 @@ def test_save_minutes_bounds_what_a_kill_costs(begin, fork):
         at_step = {"signal_at_step": (signal.SIGKILL, STEPS_PER_EPOCH + 2)}
         fork(*command("vae", settings), cwd=cwd, inject=at_step).wait()
         assert f"resumed after step {resumed}" in fork(*command("vae", settings), cwd=cwd).wait().stdout
+
+
+# ---- More or fewer epochs than planned ----
+
+CONSTANT = SMALL | {"lr_schedule": "constant", "lr_warmup_steps": 2, "save_minutes": 60}
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory):
+    """kind -> bits of a run of two epochs at a constant learning rate; the U-Net's with its VAE."""
+    cwd, found = tmp_path_factory.mktemp("constant"), {}
+    for kind in KINDS:
+        assert Forked(cwd / "process", *command(kind, CONSTANT), cwd=cwd).wait().returncode == 0
+        found[kind] = files(cwd / "run"), bits(cwd / "run")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [["--num_epochs", 1], ["--num_epochs", 9], ["--max_steps", 2], ["--max_steps", 4]])
+def test_a_run_at_a_constant_rate_goes_on_to_the_bits_of_a_longer_one(constant, tmp_path, fork, kind, first):
+    """Finished after an epoch, stopped on the way to more of them, or ended within an epoch."""
+    if kind == "unet":
+        (tmp_path / "run").mkdir()
+        for file, data in constant["vae"][0].items():
+            (tmp_path / "run" / file).write_bytes(data)
+    stop = {"signal_at_step": (signal.SIGINT, 5)} if first[1] == 9 else {}
+    started = fork(*command(kind, CONSTANT), *first, cwd=tmp_path, inject=stop).wait()
+    assert started.returncode == (130 if stop else 0), started.stderr
+    plan = f"{first[0][2:]} was {first[1]}, now {2 if first[0] == '--num_epochs' else None}"
+    again = fork(*command(kind, CONSTANT), cwd=tmp_path).wait()
+    assert again.returncode == 0 and f"{plan}: the learning rate is constant, so this is exact" in again.stdout
+    found, expected = bits(tmp_path / "run"), constant[kind][1]
+    if first[0] == "--max_steps":  # the tables have a row of the end that was none
+        expected = {
+            name: bits for name, bits in expected.items() if not name.endswith((".csv", "curves.png", "state2.pth"))
+        }
+    assert found | expected == found
+    assert "finished (epoch 2)" in fork(*command(kind, CONSTANT), cwd=tmp_path).wait().stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_goes_on_along_the_cosine_of_more_epochs(begin, fork, kind):
+    """From the trained weights; stopped on the way it comes to the bits of one that was not."""
+    longer, found = SMALL | {"num_epochs": 4, "lr_warmup_steps": 2}, []
+    for name, stops in (("unbroken", []), ("stopped", [{"signal_at_step": (signal.SIGTERM, n)} for n in (1, 3)])):
+        cwd, _ = begin(kind, name)
+        assert fork(*command(kind, longer | {"num_epochs": 2}), cwd=cwd).wait().returncode == 0
+        trained = bits(cwd / "run")
+        for stop in stops:
+            assert fork(*command(kind, longer), cwd=cwd, inject=stop).wait().returncode == 143
+        result = fork(*command(kind, longer), cwd=cwd).wait()
+        assert result.returncode == 0, result.stderr
+        found.append(bits(cwd / "run"))
+        weights = {name for name in trained if name.endswith("2.pth")}
+        assert weights and all(found[-1][name] == trained[name] for name in weights)
+        if not stops:
+            said = "num_epochs was 2, now 4: the learning rate goes on along the cosine of all 12 steps, from 0.00017"
+            assert f"{said} down to 0; the optimizer begins anew from the trained weights" in result.stdout
+    assert found[0] == found[1]
+    assert (cwd / f"run/{kind}_held_out.csv").read_text().count("\n") == 5
+
+
+def test_fewer_epochs_than_were_trained_are_refused_or_already_done(stopped_run, fork):
+    cwd, _ = stopped_run("vae")
+    before = bits(cwd / "run")
+    result = fork(*command("vae"), "--max_steps", 1, cwd=cwd).wait()
+    assert_one_line_error(result, 1, "has taken 2 steps of 1 asked for (max_steps was None, now 1)", "--overwrite")
+    assert bits(cwd / "run") == before
+    ended = fork(*command("vae"), "--max_steps", 3, cwd=cwd).wait()
+    assert ended.returncode == 0 and json.loads((cwd / "run/vae_set1.json").read_text())["finished"], ended.stderr
+    fewer = fork(*command("vae"), "--max_steps", 2, cwd=cwd).wait()
+    assert fewer.returncode == 0 and "this run is finished (epoch 1)" in fewer.stdout
+
+
+# ---- From another run's weights ----
+
+
+def test_a_run_starts_from_another_runs_weights(copy, tmp_path, run_here, fork):
+    """Both trainers: the first set is those weights, the average too; the other run may go once it has begun."""
+    (copy / "new").mkdir()
+    for name in ("vae_ckpt_epoch2.pth", "vae_set2.json"):
+        shutil.copy(copy / "run" / name, copy / "new" / name)
+    before = files(copy / "run")
+    for kind, run in (("vae", "newer"), ("unet", "new")):
+        words = (f"train_{kind}.py", "--preset", "demo", "--run_dir", run, "--init_from", "run")
+        words += (*flags(TINY | {"image_size": 48 if kind == "vae" else 32, "lr": 1e-4}),)
+        stopped = fork(*words, cwd=copy, inject={"signal_at_step": (signal.SIGINT, 1)}).wait()
+        assert stopped.returncode == 130 and "starting from run/" in stopped.stdout, stopped.stderr
+        assert "warning: --init_from" not in stopped.stderr
+        for prefix, source in {"vae": {"vae_ckpt_epoch": "vae_ckpt_epoch"}}.get(
+            kind, {"unet_ckpt": "unet_ckpt"}
+        ).items():
+            first = torch.load(copy / run / f"{prefix}1_step0.pth", weights_only=True)
+            theirs = torch.load(copy / f"run/{source}2.pth", weights_only=True)
+            assert all(torch.equal(first[k], v) for k, v in theirs.items())
+    average = torch.load(copy / "new/ema_unet_ckpt1_step0.pth", weights_only=True)
+    assert all(torch.equal(average[k], v) for k, v in weights_of(copy).items()) and files(copy / "run") == before
+    (copy / "run").rename(copy / "gone")
+    assert run_here(*words, cwd=copy).returncode == 0
+    assert_one_line_error(run_here(*words, "--overwrite", cwd=copy), 1, "--init_from run", "train_unet.py")
+    assert (copy / "new/unet_ckpt2.pth").exists()  # a mistake costs nothing
+
+
+def test_weights_of_another_shape_or_meaning_are_named(copy, run_here):
+    words = ("train_vae.py", "--preset", "demo", "--run_dir", "new", "--init_from", "run")
+    other = run_here(*words, *flags(TINY | {"latent_channels": 3}), cwd=copy)
+    assert_one_line_error(other, 1, "--init_from run", "latent_channels 4 there, 3 here")
+    own = run_here("train_vae.py", *TRAIN, "--init_from", "run", "--overwrite", *flags(TINY), cwd=copy)
+    assert_one_line_error(own, 2, "--run_dir: is what --init_from names")
+    assert run_here(*words, *flags(TINY | {"seed": 3}), cwd=copy).returncode == 0
+    words = ("train_unet.py", *words[1:], *flags(TINY), "--max_steps", 1)
+    result = run_here(*words, cwd=copy)
+    assert result.returncode == 0 and "run: has learned the latents of another VAE" in result.stderr, result.stderr
+    flow = run_here(*words, "--overwrite", "--prediction_type", "flow", cwd=copy)
+    assert_one_line_error(flow, 1, "prediction_type epsilon there, flow here")
 
 
 # ---- Kill sweep ----
@@ -270,6 +391,71 @@ def test_a_run_with_other_settings_is_refused(stopped_run, fork):
     assert_one_line_error(changed, 1, "lr was 0.001, now 0.5", "batch_size was 4, now 2", "--overwrite")
 
 
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"lr": 0.1, "seed": 5}, {"block_out_channels": (4, 4)}, {}])
+def test_what_no_step_was_taken_with_gives_way(begin, tmp_path, fork, change):
+    """Killed in the first step, as where memory is short, and begun again with other settings; or its only set is damaged."""
+    cwd, _ = begin("vae")
+    killed = fork(*command("vae"), cwd=cwd, inject={"signal_at_step": (signal.SIGKILL, 1)}).wait()
+    assert killed.returncode == -signal.SIGKILL and (cwd / "run/vae_set1_step0.json").exists()
+    (cwd / "run/vae_train.csv").write_text("of steps that are lost")
+    if not change:
+        (cwd / "run/vae_state1_step0.pth").write_bytes(b"")
+    words = command("vae", SMALL | change)
+    result = fork(*words, cwd=cwd).wait()
+    assert result.returncode == 0 and "begins anew, as no step was taken before: " in result.stdout, result.stderr
+    assert all(f"{name} was" in result.stdout for name in change)
+    (tmp_path / "fresh").mkdir()
+    assert fork(*words, cwd=tmp_path / "fresh").wait().returncode == 0
+    assert bits(cwd / "run") == bits(tmp_path / "fresh/run")
+
+
+def test_a_vae_trained_again_before_the_first_step_gives_way(begin, fork):
+    cwd, _ = begin("unet")
+    fork(*command("unet"), cwd=cwd, inject={"signal_at_step": (signal.SIGKILL, 1)}).wait()
+    assert fork(*command("vae", SMALL | {"lr": 0.002}), "--overwrite", cwd=cwd).wait().returncode == 0
+    result = fork(*command("unet"), cwd=cwd).wait()
+    assert result.returncode == 0 and "(the VAE is another)" in result.stdout, result.stderr
+
+
+def test_how_pictures_are_made_may_be_corrected_in_a_stopped_and_in_a_finished_run(begin, fork, run_here):
+    """And sample.py goes by the newest command; no weight and no figure depends on it."""
+    cwd, expected = begin("unet")
+    settings = SMALL | {"sample_prompts": ("a dgo",), "sample_steps": 3}
+    assert (
+        fork(*command("unet", settings), cwd=cwd, inject={"signal_at_step": (signal.SIGINT, 4)}).wait().returncode
+        == 130
+    )
+    corrected = SMALL | {"sample_prompts": ("a dog", "a cat"), "sample_steps": 2}
+    result = fork(*command("unet", corrected), cwd=cwd, inject={"signal_at_step": (signal.SIGINT, 1)}).wait()
+    assert result.returncode == 130 and "resumed after step 4" in result.stdout, result.stderr
+    sampled = ("sample.py", "--prompt", "x", "--run_dir", "run", "--num_images", 1)
+    assert run_here(*sampled, cwd=cwd).returncode == 0  # the newest whole epoch was saved before
+    assert b"Steps: 2," in (cwd / "run/samples/x_seed0.png").read_bytes()
+    assert fork(*command("unet", corrected), cwd=cwd).wait().returncode == 0
+    kept = {k: v for k, v in expected.items() if not k.endswith(".png")}
+    assert bits(cwd / "run") | kept == bits(cwd / "run")
+    again = fork(*command("unet", corrected | {"sample_steps": 4}), cwd=cwd).wait()
+    assert again.returncode == 0 and "this run is finished" in again.stdout, again.stderr
+    assert run_here(*sampled, cwd=cwd).returncode == 0
+    assert b"Steps: 4," in (cwd / "run/samples/x_seed0_2.png").read_bytes()
+
+
+def test_settings_of_the_other_training_may_change(stopped_run, fork):
+    for kind, change in (("vae", {"caption_dropout": 0.1, "guidance_scale": 2.0}), ("unet", {"l1_weight": 0.5})):
+        cwd, expected = stopped_run(kind, kind)
+        assert fork(*command(kind, SMALL | change), cwd=cwd).wait().returncode == 0
+        assert bits(cwd / "run") | expected == bits(cwd / "run")
+        finish(fork, kind, cwd, expected)  # with the settings of before it is the same run
+
+
+def test_a_batch_may_be_computed_in_parts_from_the_middle_of_a_run_on(stopped_run, fork):
+    for kind in KINDS:
+        cwd, expected = stopped_run(kind, kind)
+        result = fork(*command(kind, SMALL | {"grad_accumulation": 2}), cwd=cwd).wait()
+        assert result.returncode == 0 and "resumed after step 2" in result.stdout, result.stderr
+        assert bits(cwd / "run").keys() == expected.keys()
+
+
 def pictures_of_mine(folder):
     """Twenty pictures and captions of a user's own -> the settings of a run on them."""
     (folder / "mine/images").mkdir(parents=True)
@@ -369,6 +555,55 @@ def test_a_state_of_another_model_is_refused(stopped_run, run_here, how):
     assert_one_line_error(run_here(*command("vae"), cwd=cwd), 1, "vae_state1_step2.pth", "--overwrite")
 
 
+# ---- Which epochs stay ----
+
+
+@pytest.mark.parametrize("keep, left", [(0, ["2", "4", "5"]), (1, ["5"]), (2, ["4", "5"])])
+def test_every_so_many_epochs_stay_and_of_them_the_newest(begin, fork, keep, left):
+    """And the one in which a run was stopped is among the newest while it is."""
+    cwd, _ = begin("vae")
+    settings = SMALL | {"num_epochs": 5, "save_every": 2, "keep_last": keep}
+    stop = {"signal_at_step": (signal.SIGINT, 3 * STEPS_PER_EPOCH + 2)}
+    assert fork(*command("vae", settings), cwd=cwd, inject=stop).wait().returncode == 130
+    assert {"vae_ckpt_epoch3.pth", "vae_set3.json"} <= {p.name for p in (cwd / "run").iterdir()}
+    assert fork(*command("vae", settings), cwd=cwd).wait().returncode == 0
+    for pattern in ("vae_ckpt_epoch*", "vae_set*"):
+        assert sorted(re.findall(r"\d+", p.name)[0] for p in (cwd / "run").glob(pattern)) == left
+
+
+@pytest.mark.parametrize("n", range(19))
+def test_sets_go_as_a_whole_wherever_their_deletion_is_killed(stopped_run, monkeypatch, n):
+    """No manifest ever lists what is gone, and what a kill leaves goes at the next call. Epoch 1 goes, 2 stays."""
+    cwd, _ = stopped_run("unet")
+    monkeypatch.chdir(cwd)
+    for path in (cwd / "run").glob("*1_step2*"):
+        for tag in "12":
+            shutil.copy(path, str(path).replace("1_step2", tag))
+    for tag in "12":
+        path = cwd / f"run/unet_set{tag}.json"
+        path.write_text(sign(json.loads(path.read_text().replace("1_step2", tag)) | {"epoch": int(tag)}))
+    args = SimpleNamespace(run_dir="run", overwrite=False, max_steps=None, preset="demo")
+    run, calls = checkpoint.Run(args, "unet", SDConfig(**SMALL), World(0, 1, torch.device("cpu"))), []
+
+    def before(path, *rest, real):
+        calls.append(path)
+        listed = [json.loads(p.read_text())["files"] for p in (cwd / "run").glob("unet_set*.json")]
+        assert all((cwd / "run" / name).exists() for names in listed for name in names if "state" not in name)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        real(path, *rest)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for name in ("replace", "remove"):
+            patch.setattr(os, name, partial(before, real=getattr(os, name)))
+        run.tidy(1)
+    assert len(calls) == n or (n == 0 and len(calls) == 18)
+    run.tidy(1)
+    left = {p.name for p in (cwd / "run").iterdir() if "unet" in p.name or "ember" in p.name}
+    weights = {f"{name}2.pth" for name in ("unet_ckpt", "t_ember_ckpt", "ema_unet_ckpt", "unet_state")}
+    assert left == weights | {"unet_set2.json"}
+
+
 # ---- The directory ----
 
 
@@ -377,6 +612,7 @@ def test_what_a_run_killed_while_it_cleaned_up_has_left_goes_at_the_next_call(be
     assert fork(*command("vae", SMALL | {"save_every": 1}), cwd=cwd).wait().returncode == 0
     names = {p.name for p in (cwd / "run").iterdir()}
     left = ["vae_state1.pth", "vae_state2_step4.pth", "vae_ckpt_epoch2_step4.pth", "vae_set2_step4.json"]
+    left += ["vae_set2.json.tmp", "config.json.tmp", "vae_train.csv.tmp"]  # beside whole ones
     for name in (*left, "vae_ckpt_epoch2_step5.pth"):
         (cwd / "run" / name).write_bytes((cwd / "run/vae_set2.json").read_bytes())
     again = fork(*command("vae"), cwd=cwd).wait()

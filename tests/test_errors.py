@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, assert_one_line_error, run_script
 
 from support import errors
@@ -28,7 +29,7 @@ def ending(raised):
         (UserError("a\nb\x1b[31m\udcff"), "error: a b?[31m?"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "error: --batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
-        (MemoryError(), "not enough memory"),
+        (MemoryError(), "not enough memory; give --grad_accumulation 2 or more"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), "error: --num_workers"),
         (
             RuntimeError("x\n[..] Connection closed by peer [127.0.0.1]:7"),
@@ -42,6 +43,22 @@ def ending(raised):
 def test_what_a_user_can_put_right_is_one_line(raised, line):
     code = ending(raised)
     assert line in code and code.startswith("error: ") and "\n" not in code
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: device kernel image is invalid",
+        "CUDA error: the provided PTX was compiled with an unsupported toolchain.",
+        "HIP error: invalid device function",
+        "The NVIDIA driver on your system is too old (found version 10020).",
+    ],
+)
+def test_a_gpu_without_kernels_is_one_line_that_says_how_to_go_on_without_it(why):
+    line = ending(torch.AcceleratorError(f"{why}\nCUDA kernel errors might be asynchronously reported"))
+    assert line.startswith(f"error: GPU: the installed PyTorch has no kernels for it or its driver ({why})")
+    assert "\n" not in line and "CUDA_VISIBLE_DEVICES=-1" in line and len(line) < 400
 
 
 def test_a_compiler_that_fails_is_one_line():

@@ -35,6 +35,14 @@ def test_the_first_line_says_which_preset_and_why(argv, preset, reason, capsys, 
     assert line.startswith(f"preset {preset}") and reason in line
 
 
+def test_of_several_processes_one_speaks(capsys, monkeypatch):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        parse_training_args("", "unet", ["--preset", "demo"])
+        assert capsys.readouterr().out.count("preset demo") == lines
+
+
 def test_coco_is_chosen_where_its_captions_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     captions = tmp_path / SDConfig().data_root / SDConfig().captions_json

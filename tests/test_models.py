@@ -3,11 +3,26 @@
 import json
 import os
 import shutil
+import signal
 import time
 
 import pytest
 import torch
-from conftest import SAMPLE, TINY, TRAIN, assert_one_line_error, flags, forge, picture, sign
+from conftest import (
+    KINDS,
+    SAMPLE,
+    SMALL,
+    STEPS_PER_EPOCH,
+    TINY,
+    TRAIN,
+    assert_one_line_error,
+    command,
+    files,
+    flags,
+    forge,
+    picture,
+    sign,
+)
 
 from config import PRESETS, SDConfig
 from diffusion import baab, sample
@@ -108,6 +123,35 @@ def test_the_newest_run_is_the_one_in_which_an_epoch_was_saved_last(tiny_run, tm
     assert newest_run() == os.path.join("runs", "demo")
 
 
+def test_an_earlier_epoch_is_sampled_measured_and_exported(tmp_path, run_here, fork, quick_judge):
+    for kind in KINDS:
+        assert fork(*command(kind, SMALL | {"save_every": 1}), cwd=tmp_path).wait().returncode == 0
+    first = torch.load(tmp_path / "run/unet_ckpt1.pth", weights_only=True)
+    _, name, _, unet, _ = load_models(str(tmp_path / "run"), False, CPU, epoch=1)
+    assert name == "unet_ckpt1" and all(torch.equal(v, first[k]) for k, v in unet.state_dict().items())
+    assert run_here(*SAMPLE, "--epoch", 1, cwd=tmp_path).returncode == 0
+    assert b"Model: unet_ckpt1" in (tmp_path / "run/samples/x_seed0.png").read_bytes()
+    measured = run_here("evaluate.py", "--run_dir", "run", "--epoch", 1, "--num_prompts", 4, "--steps", 2, cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["model"] == "unet_ckpt1"
+    assert run_here("sample.py", "--run_dir", "run", "--export", "card", "--epoch", 1, cwd=tmp_path).returncode == 0
+    assert "This is epoch 1 of 2" in (tmp_path / "card/README.md").read_text()
+    missing = run_here(*SAMPLE, "--epoch", 7, cwd=tmp_path)
+    assert_one_line_error(missing, 1, "--epoch 7: not saved in run; give one of 1, 2")
+
+
+def test_an_average_that_is_mostly_its_random_start_is_warned_of(copy, run_here, capsys):
+    """And only where it is asked for."""
+    unet = ["train_unet.py", *TRAIN, "--overwrite", *flags(TINY | {"ema_decay": 0.9999})]
+    assert run_here(*unet, cwd=copy).returncode == 0
+    warned = run_here(*SAMPLE, "--ema", cwd=copy)
+    assert "warning: --ema: 99.9% of these weights are the random ones" in warned.stderr and warned.returncode == 0
+    assert "--ema_warmup" in warned.stderr and "--ema" not in run_here(*SAMPLE, cwd=copy).stderr
+    assert "--ema" in run_here("sample.py", "--run_dir", "run", "--ema", "--export", "card", cwd=copy).stderr
+    assert run_here(*unet, "--ema_warmup", cwd=copy).returncode == 0
+    assert "--ema" not in run_here(*SAMPLE, "--ema", cwd=copy).stderr
+
+
 # ---- Models that are not to be had ----
 
 
@@ -126,11 +170,28 @@ def test_a_vae_of_another_shape_or_age_is_refused(copy, run_here):
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "vae_ckpt_epoch2.pth", remedy)
 
 
-def test_a_vae_that_is_not_finished_is_refused(copy, run_here):
-    path = copy / "run/vae_set2.json"
-    path.write_text(sign(json.loads(path.read_text()) | {"finished": False}))
-    result = run_here("train_unet.py", *TRAIN, "--overwrite", *flags(TINY), cwd=copy)
-    assert_one_line_error(result, 1, "--run_dir run", "train_vae.py has not finished here")
+def test_a_vae_that_was_stopped_is_used_as_its_newest_whole_epoch_left_it(tmp_path, fork, run_here):
+    """Stopped in epoch 3 of 20, of which none is due to be saved; then in its first epoch, which can be ended there."""
+    words = ("train_vae.py", *TRAIN, *flags(SMALL | {"num_epochs": 20}))
+    stop = {"signal_at_step": (signal.SIGINT, 2 * STEPS_PER_EPOCH + 2)}
+    assert fork(*words, cwd=tmp_path, inject=stop).wait().returncode == 130
+    unet = run_here("train_unet.py", *TRAIN, *flags(SMALL), cwd=tmp_path)
+    said = "VAE: run/vae_ckpt_epoch2.pth: epoch 2 of 20, where its training was stopped"
+    assert unet.returncode == 0 and said in unet.stdout, unet.stderr
+    before = files(tmp_path / "run")
+    assert fork(*words, cwd=tmp_path).wait().returncode == 0  # goes on, and leaves the U-Net its VAE
+    assert run_here(*SAMPLE, cwd=tmp_path).returncode == 0
+    after = files(tmp_path / "run")
+    assert after["vae_ckpt_epoch2.pth"] == before["vae_ckpt_epoch2.pth"] and "vae_ckpt_epoch5.pth" in after
+    assert "vae_ckpt_epoch4.pth" not in after  # saved, and of no use to anybody
+
+    words = ("train_vae.py", "--preset", "demo", "--run_dir", "short", *flags(SMALL))
+    stop = {"signal_at_step": (signal.SIGINT, 2)}
+    assert fork(*words, cwd=tmp_path, inject=stop).wait().returncode == 130
+    unet = ("train_unet.py", "--preset", "demo", "--run_dir", "short", *flags(SMALL))
+    assert_one_line_error(run_here(*unet, cwd=tmp_path), 1, "--run_dir short", "whole epoch", "--max_steps 3")
+    assert run_here("train_vae.py", *unet[1:], "--max_steps", 3, cwd=tmp_path).returncode == 0
+    assert run_here(*unet, cwd=tmp_path).returncode == 0
 
 
 def test_a_vae_of_another_data_set_is_used_only_if_that_is_said(tiny_run, tmp_path, run_here):

@@ -48,7 +48,7 @@ COPIES = {
     ),
     # sets
     "sets are pruned before the new one is whole": Copy(
-        CHECKPOINT, "        files = {}\n", "        files = {}\n        self.prune(0)\n", OF_CHECKPOINT, "every_moment"
+        CHECKPOINT, "        files = {}\n", "        files = {}\n        self.tidy(0)\n", OF_CHECKPOINT, "every_moment"
     ),
     "no checksum": Copy(
         CHECKPOINT, "if entry_of(data) != entry:", "if False:", OF_CHECKPOINT, "checkpoint_is_named and flipped"

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, forge
+from conftest import ROOT, assert_one_line_error, forge, sign
 from PIL import Image
 
 import sample as script
@@ -203,6 +203,44 @@ def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
     assert "no painted scene has 'blurry'" in run_here("sample.py", *command, *guided, cwd=tiny_run).stderr
     usual = run_here("sample.py", *command, "--prompt", "a red bus", cwd=tiny_run)
     assert "warning" not in usual.stderr and usual.returncode == 0
+
+
+def test_a_prompt_that_lost_its_quotes_is_hinted_at_where_the_run_knows_phrases(copy, run_here):
+    words = ("sample.py", "--run_dir", "run", "--steps", 1, "--num_images", 1, "--prompt")
+    hint = (
+        "warning: --prompt: 4 prompts are single words; if they are one, put it in quotes: --prompt 'a red sports car'"
+    )
+    lost = run_here(*words, "a", "red", "sports", "car", cwd=copy)
+    assert hint in lost.stderr and lost.returncode == 0
+    for prompts in (["a red car", "a dog"], ["car"], ["car", "a dog"]):
+        assert "quotes" not in run_here(*words, *prompts, cwd=copy).stderr
+    path = copy / "run/unet_set2.json"
+    manifest = json.loads(path.read_text())
+    assert " " in manifest["caption"]
+    path.write_text(sign(manifest | {"caption": "car"}))  # a run whose captions are words
+    assert "quotes" not in run_here(*words, "car", "dog", cwd=copy).stderr
+
+
+def test_prompts_come_from_a_file_too(tiny_run, tmp_path, run_here):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red car\r\n\r\n  caf\u00e9 #1 \r\n--seed\n".encode())
+    words = ("sample.py", "--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path / "out")
+    result = run_here(*words, "--prompts_file", tmp_path / "prompts.txt", "--prompt", "a blue bus", cwd=tiny_run)
+    assert result.returncode == 0, result.stderr
+    for prompt in ("a blue bus", "a red car", "caf\u00e9 #1", "--seed"):
+        assert f"wrote 1 pictures of {prompt!r}" in result.stdout
+    assert result.stdout.count("wrote 1") == 4
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [(None, "missing"), (b"", "no prompt"), (b" \n\t\r\n", "no prompt"), (b"\xff\xfea\x00", "not UTF-8")],
+)
+def test_a_file_without_prompts_is_named_before_anything_is_loaded(tmp_path, run_here, content, what):
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    result = run_here("sample.py", "--run_dir", "run", "--prompts_file", "p.txt", cwd=tmp_path)
+    assert_one_line_error(result, 1, "--prompts_file p.txt", what)
 
 
 # ---- Mistakes ----

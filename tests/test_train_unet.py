@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, TINY, TRAIN, assert_one_line_error, files, flags, randomize, rows, run_script
+from conftest import SMALL, TINY, TRAIN, assert_one_line_error, files, flags, picture, randomize, rows, run_script
 from PIL import Image
 
 import diffusion
@@ -94,6 +94,24 @@ def test_compiled_models_train_as_the_plain_ones(tmp_path, run_here):
             assert [float(v) for v in a.values()] == pytest.approx([float(v) for v in b.values()], abs=1e-4)
     names = [p.name for p in sorted((tmp_path / "plain").iterdir())]
     assert names == [p.name for p in sorted((tmp_path / "compiled").iterdir())]
+
+
+@pytest.mark.parametrize("count, captions", [(4, ["a cat", "a dog"]), (24, ["the same"]), (24, [""])])
+def test_what_other_captions_cost_is_not_measured_where_there_is_no_other(tmp_path, run_here, count, captions):
+    """One held-out picture; one caption of all pictures; none at all."""
+    for i in range(count):
+        picture(tmp_path / f"mine/images/{i}.png", (9 * i, 0, 0))
+        (tmp_path / f"mine/images/{i}.txt").write_text(captions[i % len(captions)])
+    settings = SMALL | {"dataset": "folder", "data_root": "mine"}
+    for script in ("train_vae.py", "train_unet.py"):
+        result = run_here(script, *TRAIN, *flags(settings), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    last = rows(tmp_path / "run/unet_held_out.csv")[-1]
+    assert last["other_caption"] == last["other_caption_error"] == "" and float(last["loss"]) > 0
+    assert (last["none_caption"] == "") == (captions == [""])
+    assert (last["none_caption_error"] == "") == (captions == [""] or count == 4)
+    assert "another picture's caption not measured" in result.stdout and "nan" not in result.stdout
+    assert "not heard" not in result.stderr
 
 
 # ---- What reaches the training and its samples ----

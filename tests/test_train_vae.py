@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import signal
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -74,6 +75,32 @@ def test_the_next_command_trains_on_the_same_data(tmp_path, run_here):
     records = json.loads((tmp_path / "my run/config.json").read_text())
     vae, unet = (records[name]["settings"] for name in ("train_vae", "train_unet"))
     assert (vae["dataset"], vae["data_root"]) == (unet["dataset"], unet["data_root"]) == ("folder", "my pictures")
+
+
+CAPTIONS = ['it\'s $HOME; `rm` "x" !y \\ z', "--seed", "-1", "caf\u00e9 \u7ea2\u8272", "--a b", "\x1b[31mred"]
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_the_last_line_asks_for_a_caption_of_theirs_and_can_be_pasted(tmp_path, run_here, caption):
+    for i in range(3):
+        picture(tmp_path / f"mine/images/{i}.png", (90 * i, 0, 0))
+        (tmp_path / f"mine/images/{i}.txt").write_text(caption)
+    settings = TINY | QUICK | {"dataset": "folder", "data_root": "mine"}
+    words = ["--preset", "demo", *flags(settings), "--max_steps", 1, "--run_dir"]
+    assert run_here("train_vae.py", *words, "a run", cwd=tmp_path).returncode == 0
+    unet = run_here("train_unet.py", *words, "a run", cwd=tmp_path)
+    sharper = run_here("train_vae.py", *words, "sharp", "--finetune_decoder_of", "a run", cwd=tmp_path)
+    for result in (unet, sharper):
+        assert result.returncode == 0, result.stderr
+        line = next(line for line in result.stdout.splitlines() if "; next: " in line)
+        shell = subprocess.run(
+            ["sh", "-c", f"printf '%s\\n' {line.split('next: ')[1]}"], capture_output=True, text=True
+        )
+        python, script, *argv = shell.stdout.splitlines()
+        prompt = caption.replace("\x1b", "?")
+        assert (python, script) == ("python", "sample.py") and argv[-1] in (prompt, f"--prompt={prompt}")
+        made = run_here(script, *argv, "--num_images", 1, "--steps", 1, cwd=tmp_path)
+        assert made.returncode == 0 and f"pictures of {prompt!r}" in made.stdout, made.stderr
 
 
 # ---- Resuming ----

@@ -202,6 +202,19 @@ def test_warm_up_begins_with_a_short_memory():
     assert [ema_decay_at(step, cfg) for step in (1, 10, 10_000)] == [2 / 11, 11 / 20, 0.999]
 
 
+def test_the_share_of_random_weights_in_the_average_is_the_product_of_the_decays(tiny):
+    for settings in ({"ema_decay": 0.9999}, {"ema_decay": 0.999, "ema_warmup": True}, {"ema_decay": 1.0}, {}):
+        cfg = replace(tiny, **settings)
+        for steps in (0, 1, 150, 2500):
+            by_hand = math.prod(ema_decay_at(step, cfg) for step in range(1, steps + 1))
+            assert training.random_share(steps, cfg) == pytest.approx(by_hand, abs=1e-9)
+    average, weights = [torch.ones(3)], [torch.zeros(3)]
+    cfg = replace(tiny, ema_decay=0.9)
+    for step in range(1, 8):
+        update_average(average, weights, ema_decay_at(step, cfg))
+    assert average[0].tolist() == pytest.approx([training.random_share(7, cfg)] * 3)
+
+
 # ---- Muon ----
 
 
