@@ -44,7 +44,8 @@ def main():
         return
     run.open()
     autocast = devices.make_autocast(device, cfg.mixed_precision)
-    text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
+    key = None if args.overwrite else models.text_key(args.run_dir)
+    text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length, key=key).to(device).eval()
     run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}  # now: files may be edited later
 
     # ---- Data ----

@@ -3,13 +3,22 @@
 What it is not: it trains nothing, and it does not choose a text encoder.
 """
 
+import contextlib
 import os
 import sys
 
 import torch
 
 from config import PRESETS
-from support.checkpoint import load_weights, manifest_path, most_bytes, newest_epoch_set, num_bytes, sets_of
+from support.checkpoint import (
+    load_weights,
+    manifest_path,
+    most_bytes,
+    newest_epoch_set,
+    num_bytes,
+    read_manifest,
+    sets_of,
+)
 from support.errors import UserError
 from support.files import Damaged
 from text_encoder import make_text_encoder
@@ -89,12 +98,20 @@ def load_text_encoder(run_dir, cfg, source, device):
 
     source: "clip" or a directory, if it is no longer where training found it, else None.
     """
-    encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
     tag, manifest = newest_epoch_set(run_dir, "unet")
-    if manifest.get("text") not in (None, encoder.key()):
+    key, sizes = manifest.get("text"), (cfg.text_dim, cfg.text_length)
+    encoder = make_text_encoder(source or cfg.text_encoder, *sizes, cfg.text_encoder, key)
+    if key not in (None, encoder.key()):
         path = manifest_path(run_dir, "unet", tag)
         raise UserError(f"--text_encoder: not the weights that {path} was trained with; give the same ones")
     return encoder.to(device).eval()
+
+
+def text_key(run_dir):
+    """What the newest manifest of a U-Net says of its text encoder, whole epoch or not; None if there is none."""
+    for tag in sets_of(run_dir, "unet"):
+        with contextlib.suppress(Damaged):  # resuming deals with it, and says so
+            return read_manifest(run_dir, "unet", tag).get("text")
 
 
 def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
