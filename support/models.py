@@ -107,11 +107,13 @@ def load_text_encoder(run_dir, cfg, source, device):
     return encoder.to(device).eval()
 
 
-def text_key(run_dir):
-    """What the newest manifest of a U-Net says of its text encoder, whole epoch or not; None if there is none."""
-    for tag in sets_of(run_dir, "unet"):
+def training_text_encoder(cfg, run_dir, overwrite, device):
+    """The text encoder to train a U-Net with; a run that goes on keeps the version that it began with."""
+    key = None
+    for tag in [] if overwrite else sets_of(run_dir, "unet"):
         with contextlib.suppress(Damaged):  # resuming deals with it, and says so
-            return read_manifest(run_dir, "unet", tag).get("text")
+            key = key or read_manifest(run_dir, "unet", tag).get("text")
+    return make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length, key=key).to(device).eval()
 
 
 def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):

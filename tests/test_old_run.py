@@ -13,8 +13,7 @@ import pytest
 from conftest import SAMPLE, TRAIN, assert_one_line_error, files, rows, sign
 
 from config import SDConfig
-from support.models import load_text_encoder, text_key
-from text_encoder import make_text_encoder
+from support.models import load_text_encoder, training_text_encoder
 
 ARCHIVE = Path(__file__).parent / "old_run.tar.xz"
 FLAGS = """--num_workers 0 --image_size 32 --max_images 16 --held_out_images 4 --block_out_channels 4 8 --norm_num_groups 1
@@ -56,16 +55,14 @@ def test_it_is_sampled(old, run_here):
 def test_its_words_are_split_as_they_were(old, tmp_path):
     """Of a caption in a script without spaces it has learned one vector."""
     manifest = json.loads((old / "run/unet_set1.json").read_text())
-    cfg, device = (
-        SDConfig(**{k: manifest["settings"][k] for k in ("text_dim", "text_length")}, text_encoder="hash"),
-        "cpu",
-    )
+    cfg = SDConfig(**{k: manifest["settings"][k] for k in ("text_dim", "text_length")}, text_encoder="hash")
     for encoder in (
-        load_text_encoder(old / "run", cfg, None, device),
-        make_text_encoder("hash", 16, 8, key=text_key(old / "run")),
+        load_text_encoder(old / "run", cfg, None, "cpu"),
+        training_text_encoder(cfg, old / "run", False, "cpu"),
     ):
         assert encoder.split("\u7ea2\u8272") == ["\u7ea2\u8272"] and encoder.key() == manifest["text"]
-    assert text_key(tmp_path / "new") is None
+    for run, overwrite in ((old / "run", True), (tmp_path / "new", False)):
+        assert training_text_encoder(cfg, run, overwrite, "cpu").version == 2
 
 
 def test_it_is_measured(old, run_here, quick_judge):
