@@ -35,10 +35,17 @@ class SDConfig:
     held_out_images: int = setting(500, "pictures kept out of training, at most a tenth of a set that has none", 1)
     held_out_combinations: int = setting(0, "scenes: combinations of subject, colour, place never trained on", 0, 240)
     image_size: int = setting(128, "side of the square training pictures [pixels]", 8)
+    resize: str = setting(
+        "crop",
+        "how pictures become square: the largest centred square, white bars, or squeezed",
+        choices=("crop", "pad", "squeeze"),
+    )
     random_crop: int = setting(0, "train_vae.py: crop at random from pictures larger by this [pixels]; 0 = off", 0)
     random_scale: bool = setting(False, "with --random_crop: crops of any size up to the whole picture, shrunk")
     horizontal_flips: bool = setting(False, "mirror half of the pictures; not where captions say left or right")
     captions_per_image: int = setting(0, "captions of a picture that are used, the first so many; 0 = all", 0)
+    whole_captions: bool = setting(False, "folder: the text file of a picture is one caption, not one per line")
+    follow_links: bool = setting(False, "read links that lead out of data_root, if they are your own", free=True)
     skip_bad: bool = setting(False, "leave out pictures that cannot be read instead of stopping")
     cache_dir: str = setting("data/prepared", "folder for prepared pictures, latents, captions; '' = none", free=True)
     num_workers: int | None = setting(None, "processes that read pictures; 0 = none but the main one", 0, free=True)
