@@ -36,9 +36,7 @@ class SDConfig:
     held_out_combinations: int = setting(0, "scenes: combinations of subject, colour, place never trained on", 0, 240)
     image_size: int = setting(128, "side of the square training pictures [pixels]", 8)
     resize: str = setting(
-        "crop",
-        "how pictures become square: the largest centred square, white bars, or squeezed",
-        choices=("crop", "pad", "squeeze"),
+        "crop", "centre crop, white bars or squeezing to a square", choices=("crop", "pad", "squeeze")
     )
     random_crop: int = setting(0, "train_vae.py: crop at random from pictures larger by this [pixels]; 0 = off", 0)
     random_scale: bool = setting(False, "with --random_crop: crops of any size up to the whole picture, shrunk")

@@ -51,12 +51,12 @@ class Pictures:
     """Picture files. [i] -> uint8 array (3, S, S), or str: what is wrong.
 
     allowed: real folders that links may lead to; None: anywhere. of: pictures in the whole set that these are a part of.
-    rest: the part of it that is read later.
+    rest: the part of it that is read later. square: how read_square() makes them.
     """
 
-    def __init__(self, records, image_size, allowed, of=None, rest=(), resize="crop"):
+    def __init__(self, records, image_size, allowed, of=None, rest=(), square=("crop", True)):
         self.names, self.captions = [path for path, _ in records], [captions for _, captions in records]
-        self.image_size, self.allowed, self.resize = image_size, allowed, resize
+        self.image_size, self.allowed, self.square = image_size, allowed, square
         self.of, self.rest = of or len(records), rest
 
     def __len__(self):
@@ -66,7 +66,7 @@ class Pictures:
         """What the arrays depend on: the files, known by name, size and times, and the code that reads them."""
         stats = [os.stat(path) if exists(path) else None for path in self.names]
         times = [found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns) for found in stats]
-        key = {"code": source_hash(pictures, read_square, to_array), "pillow": PIL.__version__, "resize": self.resize}
+        key = {"code": source_hash(pictures, read_square, to_array), "pillow": PIL.__version__, "square": self.square}
         return {"files": fingerprint([*map(basename, self.names)], times), **key}
 
     def __getitem__(self, i):
@@ -82,7 +82,7 @@ class Pictures:
             raise OSError(f"{path}: {e.strerror}; {remedy}") from None  # one text: a worker passes nothing else on
 
     def read(self, path):
-        return to_array(read_square(path, self.image_size, self.resize))
+        return to_array(read_square(path, self.image_size, *self.square))
 
 
 class Readable(Pictures):
@@ -118,9 +118,9 @@ def to_array(picture):
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def read_square(path, size, resize="crop"):
-    """A file as an upright RGB picture of size x size, bicubic; resize: as in config.py."""
-    picture, square = read_rgb(path), ((size, size), Image.Resampling.BICUBIC)
+def read_square(path, size, resize="crop", profiles=True):
+    """A file as an upright RGB picture of size x size, bicubic; resize: as in config.py, profiles: as of read_rgb()."""
+    picture, square = read_rgb(path, profiles), ((size, size), Image.Resampling.BICUBIC)
     if resize == "pad":
         return ImageOps.pad(picture, *square, color="white")
     return picture.resize(*square) if resize == "squeeze" else ImageOps.fit(picture, *square)
@@ -143,7 +143,8 @@ def open_dataset(cfg, margin=0):
         allowed = None if cfg.follow_links else coco_folders(paths, cfg.data_root)
     else:
         (train, allowed), val = folder_records(cfg), []
-    options = {"allowed": allowed, "resize": cfg.resize}
+    # runs on COCO began with colours as they are stored, and go on so
+    options = {"allowed": allowed, "square": (cfg.resize, cfg.dataset != "coco")}
     if val:
         return Pictures(train[: cfg.max_images], size + margin, **options), Pictures(val[0][:number], size, **options)
     train, held_out = split(readable(train, allowed, cfg) if cfg.skip_bad else train, cfg)

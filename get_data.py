@@ -106,11 +106,7 @@ def verify(args):
         remedy = "see to their permissions, the disk and the memory, for they need not be damaged"
     if bad and all(folders.LEADS_OUT in str(e) for e in bad.values()):
         remedy = folders.LINK_REMEDY
-    faults = [
-        f"{len(where)} {what}; {folders.REMEDIES[what]}"
-        for what, where in wrong.items()
-        if where and what != UNREADABLE
-    ]
+    faults = [f"{len(wrong[what])} {what}; {remedy}" for what, remedy in folders.REMEDIES.items() if wrong.get(what)]
     if bad:
         faults.append(f"{len(bad)} of {len(files)} pictures cannot be read; {remedy}, or train with --skip_bad")
     if not is_coco and len(files) - len(bad) < 2:

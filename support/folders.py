@@ -43,23 +43,21 @@ BESIDE = "files and folders beside the folder that is read, which are left out"
 EMPTY = "pictures with an empty caption"
 WRAPPED = "captions files whose lines look like parts of one sentence; --whole_captions reads a file as one caption"
 REPEATS = "folders named for kohya's repeats, which are not used: an epoch shows each picture once"
-FOREIGN = {  # names, or endings, of what is no layout of ours -> what it is, and what to do
-    "annotations": "this looks like COCO; give --dataset coco",
-    ".parquet": "there are Parquet files; save their pictures as files and their captions as metadata.csv",
-    ".arrow": "there are Arrow files; save their pictures as files and their captions as metadata.csv",
-    ".tar": "there are archives; unpack them here",
-    ".zip": "there are archives; unpack them here",
-    ".heic": "there are HEIC pictures; convert them to JPEG",
-    ".tif": "there are TIFF pictures; convert them to PNG",
-    ".tiff": "there are TIFF pictures; convert them to PNG",
-    ".json": "there are JSON files; write captions as metadata.jsonl, a line with file_name and text for each",
-    "": "give images/ with a .txt beside each picture, or a metadata.jsonl or metadata.csv",
-}
-GOES_ON = r"[,;:\u2013\u3001\uff0c-]\n|\n[,;:\u3001\uff0c]"  # a line that ends, or begins, within a sentence
-GOES_ON += (
-    r"|\b(?:a|an|the|and|or|but|of|with|without|in|into|on|onto|at|to|for|from|by|near|is|are|his|her|its|their)\n"
+FOREIGN = (  # names, or endings, of what is no layout of ours; what it is, and what to do
+    (("annotations",), "this looks like COCO; give --dataset coco"),
+    ((".parquet", ".arrow"), "there are Parquet or Arrow files; save pictures as files and captions as metadata.csv"),
+    ((".tar", ".zip", ".tgz", ".7z", ".rar"), "there are archives; unpack them here"),
+    (
+        (".heic", ".heif", ".tif", ".tiff", ".gif", ".bmp"),
+        "there are HEIC, TIFF, GIF or BMP files; convert them to JPEG or PNG",
+    ),
+    ((".json",), "there are JSON files; write captions as metadata.jsonl, a line with file_name and text for each"),
 )
-GOES_ON += r"|\n(?:and|or|but|of|with|while|which|who|that)\b"
+LAYOUTS = "give images/ with a .txt beside each picture, or a metadata.jsonl or metadata.csv"
+GOES_ON = (  # a line that ends, or begins, within a sentence
+    r"[,;:\u2013\u3001\uff0c-]\n|\n[,;:\u3001\uff0c]|\n(?:and|or|but|of|with|while|which|who|that)\b"
+    r"|\b(?:a|an|the|and|or|but|of|with|in|into|on|onto|at|to|for|from|by|near|is|are|his|her|its|their)\n"
+)
 FULL_STOPS = (".", "!", "?", "\u2026", "\u3002", "\uff01", "\uff1f", "\u0964", '."', ".)")
 
 
@@ -73,21 +71,19 @@ class Folder:
         self.root, self.whole_captions = cfg.data_root, cfg.whole_captions
         self.captions, self.wrong, self.odd = {}, defaultdict(list), defaultdict(list)
         if not isdir(self.root):
-            raise UserError(f"--data_root {self.root}: not there; {FOREIGN['']}")
+            raise UserError(f"--data_root {self.root}: not there; {LAYOUTS}")
         listings = [join(self.root, name) for name in LISTINGS if exists(join(self.root, name))]
         within = next((name for name in BASES if isdir(join(self.root, name)) and not listings), "")
         base = join(self.root, within) if within else self.root
         self.allowed = None if cfg.follow_links else {realpath(self.root), realpath(base)}
-        files = [] if listings else [*self.walk(base)]
-        if within:
-            beside = {name for name in os.listdir(self.root) if not is_hidden(name)} - {within}
-            self.odd[BESIDE] += [join(self.root, name) for name in sorted(beside)]
+        files, beside = [] if listings else [*self.walk(base)], os.listdir(self.root)
+        self.seen = {name.lower() for path in [*beside, *files] for name in (path, splitext(path)[1])}
+        self.odd[BESIDE] = [join(self.root, x) for x in beside if within not in ("", x) and not is_hidden(x)]
         try:
             self.read(listings or [path for path in files if basename(path) in LISTINGS], files)
         except MemoryError:
             raise UserError(f"{listings[0] if listings else self.root}: {NO_MEMORY}") from None
         self.odd[EMPTY] = [path for path, captions in self.captions.items() if "" in captions]
-        self.seen = {name.lower() for path in [*os.listdir(self.root), *files] for name in (path, splitext(path)[1])}
 
     def walk(self, base):
         """The paths of all files below a folder but hidden ones."""
@@ -96,23 +92,25 @@ class Folder:
         def closed(e):
             self.wrong[CLOSED].append(f"{e.filename}: {e.strerror}")
 
+        def goes_into(path):
+            if why := leads_out(path, self.allowed):
+                self.wrong[LINKS].append(f"{path}: {why}")
+            seen = realpath(path) in been  # links can lead round in circles
+            been.add(realpath(path))
+            return not (why or seen or is_hidden(basename(path)))
+
         for place, folders, names in os.walk(base, onerror=closed, followlinks=True):
             self.odd[HIDDEN] += [join(place, name) for name in folders + names if is_hidden(name)]
             self.odd[REPEATS] += [join(place, name) for name in folders if re.match(r"\d+_", name)]
-            links = [name for name in folders if os.path.islink(join(place, name)) and not is_hidden(name)]
-            out = {name: why for name in links if (why := leads_out(join(place, name), self.allowed))}
-            self.wrong[LINKS] += [f"{join(place, name)}: {why}" for name, why in out.items()]
-            again = {name for name in links if realpath(join(place, name)) in been}
-            been |= {realpath(join(place, name)) for name in links}
-            folders[:] = sorted(name for name in folders if not is_hidden(name) and name not in {*out, *again})
+            folders[:] = [name for name in sorted(folders) if goes_into(join(place, name))]
             yield from (join(place, name) for name in sorted(names) if not is_hidden(name))
 
     def read(self, listings, files):
-        for folder in {dirname(path) for path in listings}:
-            if sum(dirname(path) == folder for path in listings) > 1:
-                self.wrong[TWO_LISTINGS].append(folder)
         for listing in listings:
-            self.read_listing(listing)
+            if listing.endswith(".csv") and f"{listing[:-4]}.jsonl" in listings:
+                self.wrong[TWO_LISTINGS].append(dirname(listing))
+            for number, row in rows(listing, self.text_of(listing) or ""):
+                self.read_row(listing, f"{listing}: line {number}", row)
         if not listings:
             self.read_pairs(files)
 
@@ -127,15 +125,11 @@ class Folder:
 
     # ---- A listing ----
 
-    def read_listing(self, listing):
-        for number, row in rows(listing, self.text_of(listing) or ""):
-            self.read_row(listing, f"{listing}: line {number}", row)
-
     def read_row(self, listing, where, row):
         row = row if isinstance(row, dict) else {}
         name, text = row.get("file_name"), next((row[c] for c in COLUMNS if c in row), None)
         if not isinstance(name, str) or not isinstance(text, str) or None in row:
-            self.wrong[BAD_ROWS].append(f"{where}")
+            self.wrong[BAD_ROWS].append(where)
         elif why := refusal(name):
             self.wrong[BAD_ROWS].append(f"{where}: {printable(name)[:100]!r} {why}")
         elif basename(name).startswith("._"):
@@ -169,20 +163,14 @@ class Folder:
         each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else max(counts)
         return f"{self.root}: {len(counts)} pictures with {sum(counts)} captions, {each} for each picture"
 
-    def hint(self):
-        """What a folder may be in which nothing, or not enough, was found."""
-        return next(what for name, what in FOREIGN.items() if name in self.seen or not name)
-
     def check(self):
         """UserError that lists all kinds of faults, if there are any."""
-        faults = [
-            f"{len(where)} {what} ({first_few(where)}); {REMEDIES[what]}" for what, where in self.wrong.items() if where
-        ]
+        faults = [f"{len(x)} {what} ({first_few(x)}); {REMEDIES[what]}" for what, x in self.wrong.items() if x]
+        hint = next((what for names, what in FOREIGN if self.seen.intersection(names)), "")
+        faults += [] if faults else [f"no pictures with captions; {hint or LAYOUTS}"] * (not self.captions)
         if faults:
-            no_text = self.wrong[NO_CAPTION] and not self.captions
-            raise UserError(f"--data_root {self.root}: {'; '.join([*faults, *([self.hint()] if no_text else [])])}")
-        if not self.captions:
-            raise UserError(f"--data_root {self.root}: no pictures with captions; {self.hint()}")
+            hint = f"; {hint}" if hint and self.wrong[NO_CAPTION] and not self.captions else ""
+            raise UserError(f"--data_root {self.root}: {'; '.join(faults)}{hint}")
 
 
 def is_hidden(name):

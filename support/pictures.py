@@ -17,13 +17,19 @@ MAX_PROFILE = 16 << 20  # bytes of a PNG's colour profile; Pillow's limit of 1 M
 NEAR_SRGB = 4  # of 255: how far a profile's colours may be from sRGB's and pass for them
 DARK = 72  # of 255, the brightest value of a picture; 14 bits in files of 16 come to 63, and to more when resized
 NEARLY_BLACK = "pictures that are nearly black; if they should not be, stretch their values to the file's whole range"
+PROFILED = (
+    "pictures with a colour profile other than sRGB (converted to sRGB, but for COCO, whose bits stay as they were)"
+)
 PNG_START, PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 TURNS = (None, None, 0, 3, 1, 5, 4, 6, 2)  # EXIF's orientation -> Image.Transpose
 
 
-def read_rgb(path):
-    """A file as an upright sRGB picture, decoded to its end. Raises many kinds of exception if it cannot be read."""
-    return look_at(path, upright_rgb)
+def read_rgb(path, profiles=True):
+    """A file as an upright RGB picture, decoded to its end. Raises many kinds of exception if it cannot be read.
+
+    profiles: whether a picture with a colour profile is converted to sRGB.
+    """
+    return look_at(path, upright_rgb if profiles else upright_as_stored)
 
 
 def look_at(path, look):
@@ -67,6 +73,11 @@ def upright_rgb(picture):
         orientation = None
     turn = TURNS[orientation] if orientation in range(len(TURNS)) else None
     return to_rgb(picture if turn is None else picture.transpose(turn))
+
+
+def upright_as_stored(picture):
+    picture.info.pop("icc_profile", None)
+    return upright_rgb(picture)
 
 
 def to_rgb(picture):
@@ -119,7 +130,7 @@ def oddities(picture):
     if mode not in ("RGB", "L"):
         found.append((f"pictures of mode {mode}, which become RGB", ""))
     if profile and transform_of(profile)[0]:
-        found.append(("pictures with a colour profile other than sRGB, whose colours are converted to sRGB", ""))
+        found.append((PROFILED, ""))
     deep = mode.startswith("I;16")
     low, high = (picture if deep else upright_rgb(picture).convert("L")).getextrema()
     if high < (DARK << 8 if deep else DARK):

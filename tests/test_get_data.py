@@ -106,7 +106,7 @@ def test_put_aside_renames_what_is_damaged_and_nothing_else(coco, tmp_path, run_
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
 def test_what_the_system_does_not_let_us_read_is_not_put_aside(coco, tmp_path, run_here, monkeypatch, error):
     before = files(coco)
-    monkeypatch.setattr("data.read_rgb", lambda path: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("data.read_rgb", lambda path, *_: (_ for _ in ()).throw(error))
     result = run_here(*VERIFY, "--put_aside", cwd=tmp_path)
     assert_one_line_error(result, 1, "8 of 8", "permissions")
     assert files(coco) == before

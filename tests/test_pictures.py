@@ -254,3 +254,11 @@ def test_pictures_become_square_in_three_ways(tmp_path, run_here, resize, corner
     result = run_here(*TRAIN, "--resize", resize, cwd=tmp_path)
     assert result.returncode == 0 and f"--resize {resize}" in result.stdout
     assert_one_line_error(run_here(*TRAIN, "--resize", "stretch", cwd=tmp_path), 2, "--resize")
+
+
+def test_coco_keeps_the_colours_that_its_runs_began_with(tmp_path):
+    colour = in_profile((200, 120, 60), ADOBE, 2.2)
+    Image.new("RGB", (40, 40), colour).save(tmp_path / "x.png", icc_profile=profile(ADOBE, 2.19921875))
+    for profiles in (True, False):
+        seen = read_square(tmp_path / "x.png", 8, "crop", profiles).getpixel((4, 4))
+        assert (seen == colour) == (not profiles)
