@@ -233,7 +233,7 @@ def coco_records(root, captions_json):
 def read_captions(path):
     """COCO captions file -> {file name: [captions]}, Counter of what is odd in it. UserError if it is no such file."""
     if not exists(path):
-        remedy = "python get_data.py download gets it, --data_root says where it is"
+        remedy = "python get_data.py download gets it, --data_root says where it is, --dataset folder is for your own"
         raise UserError(f"{path}: not there; {remedy}; or train with --preset demo, on the embedded data")
     remedy = "replace it, as python get_data.py download does with COCO's own"
     captions, names, odd, where = {}, {}, Counter(), "content"

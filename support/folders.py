@@ -83,6 +83,9 @@ class Folder:
             self.read(listings or [path for path in files if basename(path) in LISTINGS], files)
         except MemoryError:
             raise UserError(f"{listings[0] if listings else self.root}: {NO_MEMORY}") from None
+        for folder in {self.root, *map(dirname, self.captions)} if listings or within else ():
+            self.odd[HIDDEN] += [join(folder, name) for name in list_names(folder) if is_hidden(name)]
+        self.odd[HIDDEN] = [*dict.fromkeys(self.odd[HIDDEN])]
         self.odd[EMPTY] = [path for path, captions in self.captions.items() if "" in captions]
 
     def walk(self, base):
@@ -97,7 +100,7 @@ class Folder:
                 self.wrong[LINKS].append(f"{path}: {why}")
             seen = realpath(path) in been  # links can lead round in circles
             been.add(realpath(path))
-            return not (why or seen or is_hidden(basename(path)))
+            return not (why or seen or is_hidden(basename(path)) or exists(join(path, ".lock")))  # a run of ours
 
         for place, folders, names in os.walk(base, onerror=closed, followlinks=True):
             self.odd[HIDDEN] += [join(place, name) for name in folders + names if is_hidden(name)]
@@ -128,7 +131,7 @@ class Folder:
     def read_row(self, listing, where, row):
         row = row if isinstance(row, dict) else {}
         name, text = row.get("file_name"), next((row[c] for c in COLUMNS if c in row), None)
-        if not isinstance(name, str) or not isinstance(text, str) or None in row:
+        if not isinstance(name, str) or not isinstance(text, str):
             self.wrong[BAD_ROWS].append(where)
         elif why := refusal(name):
             self.wrong[BAD_ROWS].append(f"{where}: {printable(name)[:100]!r} {why}")
@@ -173,6 +176,10 @@ class Folder:
             raise UserError(f"--data_root {self.root}: {'; '.join(faults)}{hint}")
 
 
+def list_names(folder):
+    return os.listdir(folder) if os.access(folder, os.R_OK | os.X_OK) and isdir(folder) else []
+
+
 def is_hidden(name):
     """What systems leave beside people's files: .DS_Store, ._cat.jpg, __MACOSX and the like."""
     return name.startswith(".") or name.lower() in ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
@@ -198,16 +205,14 @@ def refusal(name):
 def rows(listing, text):
     """The rows of a listing -> (number of the line, {column: value}, or something else where the line is wrong)."""
     if listing.endswith(".csv"):
-        header, _, text = text.partition("\n")
-        delimiter = next((c for c in ",;\t" if c in header), ",")
-        options = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
-        columns = [name.strip().lower() for name in next(csv.reader([header], **options), ())]
-        reader = csv.DictReader(io.StringIO(text, ""), columns, **options)
+        delimiter = next((c for c in ",;\t" if c in text.partition("\n")[0]), ",")
+        reader = csv.reader(io.StringIO(text, ""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
-            for row in reader:  # values stay text: None, NA and 007 are captions
-                yield reader.line_num + 1, row
+            columns = [name.strip().lower() for name in next(reader, ())]
+            for row in filter(None, reader):  # values stay text: None, NA and 007 are captions
+                yield reader.line_num, dict(zip(columns, row)) if len(row) == len(columns) else None
         except csv.Error:
-            yield reader.reader.line_num + 1, None
+            yield reader.line_num, None
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -73,6 +73,16 @@ def test_val2017_is_held_out_where_it_is(real_data):
     assert "train2017" in train.names[0] and "val2017" in held_out.names[0]
 
 
+def test_pictures_of_coco_may_lie_under_images(tmp_path):
+    cfg = coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(10)})
+    before = [part.names for part in open_dataset(cfg)]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train2017").rename(tmp_path / "images/train2017")
+    after = open_dataset(cfg)
+    assert [[name.replace("images/", "") for name in part.names] for part in after] == before
+    assert len(read_pictures(after[0], cfg, progress_bar("read"))[0]) == 9
+
+
 def test_real_coco_pictures_become_rgb_squares(real_data):
     """The set holds a greyscale JPEG and every orientation."""
     cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2, cache_dir="")
