@@ -168,8 +168,9 @@ def list_folder(cfg):
     found = folders.Folder(cfg)
     if not any(found.wrong.values()):
         found.check()
+    if found.captions:
         print(found.summary())
-    return sorted(found.captions), found.allowed, found.wrong, found.odd
+    return sorted({*found.captions, *found.pictures}), found.allowed, found.wrong, found.odd
 
 
 if __name__ == "__main__":

@@ -62,14 +62,15 @@ FULL_STOPS = (".", "!", "?", "\u2026", "\u3002", "\uff01", "\uff1f", "\u0964", '
 
 
 class Folder:
-    """captions: {path: [captions]}; wrong: {what stops a training: [where]}; odd: {what does not: [where]}.
+    """captions: {path: [captions]}; pictures: all paths found beside text files, those without a caption too.
 
-    allowed: real folders that files may lie in, or None: anywhere.
+    wrong: {what stops a training: [where]}; odd: {what does not: [where]}. allowed: real folders that files may lie in,
+    or None: anywhere.
     """
 
     def __init__(self, cfg):
         self.root, self.whole_captions = cfg.data_root, cfg.whole_captions
-        self.captions, self.wrong, self.odd = {}, defaultdict(list), defaultdict(list)
+        self.captions, self.pictures, self.wrong, self.odd = {}, [], defaultdict(list), defaultdict(list)
         if not isdir(self.root):
             raise UserError(f"--data_root {self.root}: not there; {LAYOUTS}")
         listings = [join(self.root, name) for name in LISTINGS if exists(join(self.root, name))]
@@ -147,10 +148,10 @@ class Folder:
 
     def read_pairs(self, files):
         texts = {splitext(path)[0]: path for end in reversed(TEXTS) for path in files if path.lower().endswith(end)}
-        pictures = [path for path in files if splitext(path)[1].lower() in ENDINGS]
-        found = {path: texts.get(splitext(path)[0]) or texts.get(path) for path in pictures}
+        self.pictures = [path for path in files if splitext(path)[1].lower() in ENDINGS]
+        found = {path: texts.get(splitext(path)[0]) or texts.get(path) for path in self.pictures}
         self.wrong[NO_CAPTION] += [path for path, text in found.items() if text is None]
-        self.odd[OTHERS] += sorted({*files} - {*pictures, *found.values()})
+        self.odd[OTHERS] += sorted({*files} - {*self.pictures, *found.values()})
         for path, text in found.items():
             content = text and self.text_of(text)
             if content is not None:

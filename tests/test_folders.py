@@ -198,14 +198,16 @@ def test_all_faults_are_told_in_one_go(tmp_path, run_here):
     (root / "images/p006.txt").write_bytes("a cat".encode("utf-16-le"))  # which is UTF-8, too
     for i in (7, 8, 9):
         (root / f"images/p{i:03}.txt").unlink()
-    (root / "images/p010.jpg").write_bytes(b"cut")
+    for i in (8, 10):
+        (root / f"images/p{i:03}.jpg").write_bytes(b"cut")
     before = files(root)
     result = run_here(*TRAIN, cwd=tmp_path)
     assert_one_line_error(
         result, 1, "7 captions files cannot be read", "p000.txt", "3 pictures have no caption", "p007.jpg", "; ..."
     )
     seen = run_here(*VERIFY, cwd=tmp_path)
-    assert_one_line_error(seen, 1, "7 captions files", "3 pictures have no caption", "1 of 4 pictures cannot be read")
+    assert_one_line_error(seen, 1, "7 captions files", "3 pictures have no caption", "2 of 14 pictures cannot be read")
+    assert "14 captions" not in seen.stdout and "4 pictures with 4 captions, 1 for each picture" in seen.stdout
     for name in [f"p{i:03}.txt" for i in range(7)] + [f"p{i:03}.jpg" for i in (7, 8, 9, 10)]:
         assert name in seen.stdout
     assert files(root) == before
