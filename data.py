@@ -21,7 +21,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from errno import EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
-from os.path import basename, dirname, exists, isdir, isfile, join, realpath, splitext
+from os.path import basename, dirname, exists, isdir, join, realpath, relpath
 
 import numpy as np
 import PIL
@@ -31,28 +31,33 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import scenes
+from support import folders, pictures
 from support.checkpoint import newest_epoch_set
 from support.devices import to_device
 from support.errors import UserError, printable
-from support.files import Damaged, read_file
+from support.files import Damaged
+from support.folders import Folder, clean_caption, first_few, leads_out, read_text, refusal
+from support.pictures import read_rgb
 from support.prepared import prepare, source_hash
+from support.show import progress_bar
 
-FORMATS, ENDINGS = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")  # no other decoder is ever used
-MAX_PIXELS, MAX_PICTURE_BYTES = 50_000_000, 100 << 20  # a small file can claim to be a giant
-MAX_CAPTIONS_BYTES, MAX_CAPTION = 1 << 30, 2000  # COCO has 92 MB; characters, where an encoder takes 77 tokens
 FILE_ERRORS = {None, EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}  # any other is the machine's
 READ_TOGETHER = 16  # pictures; few, so that at the end all processes are done at about the same time
 MOST_WORKERS, MOST_NEW_WORKERS = 16, 4  # processes forked off this one; processes that import all anew
 TRAIN_SERIES, HELD_OUT_SERIES = 0, 1  # seeds of scenes
-LISTING, NO_MEMORY = "metadata.jsonl", "not enough memory to read it; end other programs, or give fewer captions"
 
 
 class Pictures:
-    """Picture files. [i] -> uint8 array (3, S, S), or str: what is wrong. folders: where links may lead, real paths."""
+    """Picture files. [i] -> uint8 array (3, S, S), or str: what is wrong.
 
-    def __init__(self, records, image_size, folders):
+    allowed: real folders that links may lead to; None: anywhere. of: pictures in the whole set that these are a part of.
+    rest: the part of it that is read later. square: how read_square() makes them.
+    """
+
+    def __init__(self, records, image_size, allowed, of=None, rest=(), square=("crop", True)):
         self.names, self.captions = [path for path, _ in records], [captions for _, captions in records]
-        self.image_size, self.folders = image_size, folders
+        self.image_size, self.allowed, self.square = image_size, allowed, square
+        self.of, self.rest = of or len(records), rest
 
     def __len__(self):
         return len(self.names)
@@ -61,21 +66,31 @@ class Pictures:
         """What the arrays depend on: the files, known by name, size and times, and the code that reads them."""
         stats = [os.stat(path) if exists(path) else None for path in self.names]
         times = [found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns) for found in stats]
-        code = source_hash(read_square, read_rgb, to_rgb, to_array)
-        return {"files": fingerprint([*map(basename, self.names)], times), "code": code, "pillow": PIL.__version__}
+        key = {"code": source_hash(pictures, read_square, to_array), "pillow": PIL.__version__, "square": self.square}
+        return {"files": fingerprint([*map(basename, self.names)], times), **key}
 
     def __getitem__(self, i):
         path = self.names[i]
         try:
-            check_link(path, self.folders)
-            return to_array(read_square(path, self.image_size))
+            return leads_out(path, self.allowed) or self.read(path)
         except MemoryError:
             raise
         except Exception as e:  # decoders raise many kinds, and each means that the file cannot be read
             if getattr(e, "errno", None) in FILE_ERRORS:
-                return f"{path}: {e}"
+                return getattr(e, "strerror", None) or str(e).replace(path, basename(path))  # the set may be moved
             remedy = "see to the disk or the network, or give fewer --num_workers; the same command goes on from here"
             raise OSError(f"{path}: {e.strerror}; {remedy}") from None  # one text: a worker passes nothing else on
+
+    def read(self, path):
+        return to_array(read_square(path, self.image_size, *self.square))
+
+
+class Readable(Pictures):
+    """Whether picture files can be read. [i] -> uint8 array (1,), or str: what is wrong."""
+
+    def read(self, path):
+        read_rgb(path)
+        return np.ones(1, np.uint8)
 
 
 class Scenes:
@@ -103,38 +118,12 @@ def to_array(picture):
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def check_link(path, folders):
-    """OSError if a file is a link that leads out of these real folders, as an archive from a stranger may hold."""
-    real = realpath(path)
-    if not any(real.startswith(join(folder, "")) for folder in folders):
-        raise OSError(f"a link that leads out of the data set, to {real}")
-
-
-def read_square(path, size):
-    """A file as an upright RGB picture of size x size: the largest centred square, bicubic."""
-    return ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
-
-
-def read_rgb(path):
-    """A file as an upright RGB picture, decoded to its end. Raises many kinds of exception if it cannot be read."""
-    if os.path.getsize(path) > MAX_PICTURE_BYTES or not isfile(path):
-        raise OSError(f"not a regular file of at most {MAX_PICTURE_BYTES >> 20} MiB")
-    with Image.open(path, formats=FORMATS) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise OSError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
-        return to_rgb(ImageOps.exif_transpose(picture))
-
-
-def to_rgb(picture):
-    """What is transparent becomes white."""
-    if picture.mode.startswith("I;16"):  # convert() would clip 16 bits at 255 instead of scaling them
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise OSError(f"pixels of an unknown range (mode {picture.mode})")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+def read_square(path, size, resize="crop", profiles=True):
+    """A file as an upright RGB picture of size x size, bicubic; resize: as in config.py, profiles: as of read_rgb()."""
+    picture, square = read_rgb(path, profiles), ((size, size), Image.Resampling.BICUBIC)
+    if resize == "pad":
+        return ImageOps.pad(picture, *square, color="white")
+    return picture.resize(*square) if resize == "squeeze" else ImageOps.fit(picture, *square)
 
 
 def open_dataset(cfg, margin=0):
@@ -150,11 +139,27 @@ def open_dataset(cfg, margin=0):
     if cfg.dataset == "coco":
         names = captions_files(cfg.data_root, cfg.captions_json)
         train, *val = (coco_records(cfg.data_root, name) for name in names)
+        paths = [path for path, _ in [*train, *(val[0] if val else ())]]
+        allowed = None if cfg.follow_links else coco_folders(paths, cfg.data_root)
     else:
-        train, val = folder_records(cfg.data_root), []
-    train, held_out = (train, val[0][:number]) if val else split(train, cfg)
-    folders = allowed_folders([path for path, _ in train + held_out], cfg.data_root, cfg.dataset)
-    return Pictures(train[: cfg.max_images], size + margin, folders), Pictures(held_out, size, folders)
+        (train, allowed), val = folder_records(cfg), []
+    # runs on COCO began with colours as they are stored, and go on so
+    options = {"allowed": allowed, "square": (cfg.resize, cfg.dataset != "coco")}
+    if val:
+        return Pictures(train[: cfg.max_images], size + margin, **options), Pictures(val[0][:number], size, **options)
+    train, held_out = split(readable(train, allowed, cfg) if cfg.skip_bad else train, cfg)
+    train = train[: cfg.max_images]
+    options["of"] = len(train) + len(held_out)
+    held_out = Pictures(held_out, size, **options)
+    return Pictures(train, size + margin, rest=held_out, **options), held_out
+
+
+def readable(records, allowed, cfg):
+    """The records whose pictures can be read; the others are counted and named."""
+    dataset = Readable(records, cfg.image_size, allowed)
+    _, bad = read_rows(dataset, cfg, progress_bar("look at all pictures"), "readable", (1,))
+    leave_out(dataset, bad, cfg)
+    return [record for i, record in enumerate(records) if i not in bad]
 
 
 def split(records, cfg):
@@ -168,50 +173,55 @@ def split(records, cfg):
     return records[:-count], records[-count:]
 
 
-def by_hash(records):
-    """{path: captions} -> [(path, captions)] by a hash of the file names: the first n are the same on every machine."""
-    return sorted(records.items(), key=lambda r: hashlib.sha256(basename(r[0]).encode("utf-8", "replace")).digest())
+def by_hash(records, root=""):
+    """{path: captions} -> [(path, captions)] by a hash of the file names: the first n are the same on every machine.
+
+    Of pictures in several folders whose file names are the same, by a hash of the path within root.
+    """
+    counts = Counter(map(basename, records))
+
+    def place(path):
+        name = basename(path) if counts[basename(path)] == 1 else relpath(path, root or None).replace(os.sep, "/")
+        return hashlib.sha256(name.encode("utf-8", "replace")).digest(), name
+
+    return [(path, records[path]) for path in sorted(records, key=place)]
 
 
-def allowed_folders(paths, root, dataset):
-    """Real folders that pictures may lie in: the root, and train2017/, images/ and so on, which may be links themselves."""
-    listed = dataset == "folder" and exists(join(root, LISTING))  # it names the folders itself
-    return {realpath(folder) for folder in {root, *(() if listed else map(dirname, paths))}}
+def folder_records(cfg):
+    """-> [(path, [captions])] of your own pictures, by_hash(); the real folders that they may lie in, None: anywhere."""
+    found = Folder(cfg)
+    found.check()
+    print(found.summary())
+    for what, where in found.odd.items():
+        if where:
+            mild = what in (folders.HIDDEN, folders.EMPTY)
+            where = f"{cfg.data_root}: {len(where)} {what} ({first_few(where)})"
+            print(where if mild else f"warning: {where}", file=sys.stdout if mild else sys.stderr)
+    return by_hash(found.captions, cfg.data_root), found.allowed
 
 
-def read_text(path):
-    try:
-        return read_file(path, MAX_CAPTIONS_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError:
-        raise Damaged(f"{path}: not UTF-8 text; save it as UTF-8") from None
+def coco_folders(paths, root):
+    """Real folders that COCO's pictures may lie in: the root, and train2017/ and so on, which may be links themselves."""
+    return {realpath(folder) for folder in {root, *map(dirname, paths)}}
 
 
-def clean_caption(text):
-    """A caption on one line, without the lone surrogates that JSON can smuggle in."""
-    return " ".join(text[: 4 * MAX_CAPTION].encode("utf-8", "replace").decode().split())[:MAX_CAPTION]
-
-
-def is_inside(name):
-    """Whether a name from a file stays within the folder it is joined to."""
-    parts = name.replace("\\", "/").split("/")
-    return name.isprintable() and 0 < len(name) < 1000 and not os.path.isabs(name) and ".." not in parts
-
-
-def pictures_folder(captions_json):
-    """annotations/captions_train2017.json -> train2017, where COCO keeps the pictures."""
-    return basename(captions_json).removeprefix("captions_").removesuffix(".json")
+def pictures_folder(captions_json, root=""):
+    """annotations/captions_train2017.json -> train2017, where COCO keeps the pictures, or images/train2017."""
+    name = basename(captions_json).removeprefix("captions_").removesuffix(".json")
+    within = join("images", name)
+    return within if isdir(join(root, within)) and not isdir(join(root, name)) else name
 
 
 def captions_files(root, captions_json):
     """The captions file of training and, if it is there with its pictures, that of val2017 -> [names within root]."""
     val = join(dirname(captions_json), basename(captions_json).replace("train", "val"))
-    val_there = val != captions_json and exists(join(root, val)) and isdir(join(root, pictures_folder(val)))
+    val_there = val != captions_json and exists(join(root, val)) and isdir(join(root, pictures_folder(val, root)))
     return [captions_json, val] if val_there else [captions_json]
 
 
 def coco_records(root, captions_json):
     """-> [(path, [captions])] of the pictures that have captions, by_hash()."""
-    path, folder = join(root, captions_json), join(root, pictures_folder(captions_json))
+    path, folder = join(root, captions_json), join(root, pictures_folder(captions_json, root))
     if exists(path) and not isdir(folder):
         raise UserError(f"{folder}: the pictures are not there; python get_data.py download gets them")
     captions, odd = read_captions(path)
@@ -223,7 +233,7 @@ def coco_records(root, captions_json):
 def read_captions(path):
     """COCO captions file -> {file name: [captions]}, Counter of what is odd in it. UserError if it is no such file."""
     if not exists(path):
-        remedy = "python get_data.py download gets it, --data_root says where it is"
+        remedy = "python get_data.py download gets it, --data_root says where it is, --dataset folder is for your own"
         raise UserError(f"{path}: not there; {remedy}; or train with --preset demo, on the built-in data")
     remedy = "replace it, as python get_data.py download does with COCO's own"
     captions, names, odd, where = {}, {}, Counter(), "content"
@@ -231,8 +241,8 @@ def read_captions(path):
         content = json.loads(read_text(path))
         for i, image in enumerate(content["images"]):
             where, name, number = f"images[{i}]", image["file_name"], image["id"]
-            if not is_inside(name) or basename(name) != name:
-                raise ValueError(f"{name!r} is not a plain file name")
+            if refusal(name) or basename(name) != name:
+                raise ValueError(f"{name!r} {refusal(name) or 'is not a plain file name'}")
             odd["ids given twice"] += number in names
             odd["pictures listed twice"] += name in captions
             # of two pictures with one id nobody can tell whose the captions are
@@ -246,7 +256,7 @@ def read_captions(path):
             if name is not None and text:
                 captions[name].append(text)
     except MemoryError:  # the trainers would put it down to the batch
-        raise UserError(f"{path}: {NO_MEMORY}") from None
+        raise UserError(f"{path}: {folders.NO_MEMORY}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         reason = f"{where}: {type(e).__name__}: {printable(e)[:200]}"
         raise Damaged(f"{path}: not a COCO captions file ({reason}); {remedy}") from None
@@ -259,72 +269,26 @@ def read_captions(path):
     return captions, +odd
 
 
-def folder_records(root):
-    """-> [(path, [captions])] of your own pictures, by_hash().
-
-    Either root/metadata.jsonl, a line {"file_name": ..., "text": ...} per caption, file names relative to root;
-    or root/images/ with a text file beside each picture (cat.jpg, cat.txt), one caption per line.
-    """
-    listing, images = join(root, LISTING), join(root, "images")
-    source, read = (listing, listed_records) if exists(listing) else (images, image_records)
-    try:
-        records = read(source)
-    except MemoryError:
-        raise UserError(f"{source}: {NO_MEMORY}") from None
-    if not records:
-        remedy = "give images/ with a .txt beside each picture, or a metadata.jsonl"
-        raise UserError(f"--data_root {root}: no pictures with captions; {remedy}")
-    if empty := sum("" in captions for captions in records.values()):
-        print(f"{root}: {empty} pictures have an empty caption; python get_data.py verify --dataset folder lists them")
-    return by_hash(records)
-
-
-def listed_records(listing):
-    records = {}
-    for number, line in enumerate(read_text(listing).split("\n"), 1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                if not is_inside(row["file_name"]):
-                    raise ValueError
-                records.setdefault(join(dirname(listing), row["file_name"]), []).append(clean_caption(row["text"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            what = 'is not {"file_name": ..., "text": ...} with a name within the folder; mend it'
-            raise UserError(f"{listing}: line {number} {what}") from None
-    return records
-
-
-def image_records(folder):
-    if not isdir(folder):
-        raise UserError(f"{folder}: not there; --data_root must hold images/ or metadata.jsonl (with --dataset folder)")
-    names, records = os.listdir(folder), {}
-    texts = {name: f"{splitext(name)[0]}.txt" for name in names if splitext(name)[1].lower() in ENDINGS}
-    others = sorted(name for name in {*names} - {*texts, *texts.values()} if not name.startswith("."))
-    if others:
-        what = "files or folders are neither JPEG, PNG or WebP nor captions of one, and are left out"
-        print(f"warning: {folder}: {len(others)} {what} ({first_few(others)})", file=sys.stderr)
-    for picture, text in ((join(folder, name), join(folder, text)) for name, text in texts.items()):
-        if not exists(text):
-            raise UserError(f"{picture}: has no caption; write {text}, or move it away")
-        try:
-            check_link(text, {realpath(folder)})
-        except OSError as e:
-            raise UserError(f"{text}: {e}; replace it by the file itself") from None
-        records[picture] = [clean_caption(line) for line in read_text(text).split("\n") if line.strip()] or [""]
-    return records
-
-
-def first_few(names):
-    return "; ".join(printable(name)[:300] for name in names[:3]) + ("; ..." if len(names) > 3 else "")
-
-
 def read_pictures(dataset, cfg, start_progress):
     """Read a whole set in parallel -> (uint8 (N, 3, S, S), captions: N lists of strings).
 
     start_progress(total, done) -> an object whose update() is called for each picture, and close() at the end.
     Pictures that cannot be read are named and counted; they stop the run unless cfg.skip_bad.
     """
-    count, shape = len(dataset), (3, dataset.image_size, dataset.image_size)
+    shape = (3, dataset.image_size, dataset.image_size)
+    pixels, bad = read_rows(dataset, cfg, start_progress, "pictures", shape)
+    if bad:
+        leave_out(dataset, bad, cfg)
+    good = [i for i in range(len(dataset)) if i not in bad]
+    if isinstance(dataset, Pictures):
+        warn_of_dark([dataset.names[i] for i in good], pixels)
+    used = cfg.captions_per_image or None
+    return pixels, [dataset.captions[i][:used] for i in good]
+
+
+def read_rows(dataset, cfg, start_progress, name, shape):
+    """What dataset[i] gives of all pictures, by several processes -> uint8 (n, *shape), {number: why} of the others."""
+    count = len(dataset)
     num_workers = most_workers(count) if cfg.num_workers is None else cfg.num_workers
     try:
         if num_workers:
@@ -344,17 +308,39 @@ def read_pictures(dataset, cfg, start_progress):
     def still_bad(i):  # a permission, or where links lead, can change and the file not
         return isinstance(dataset[i], str)
 
-    pixels, bad = prepare(cfg.cache_dir, "pictures", dataset.key(), shape, np.uint8, count, rows, still_bad=still_bad)
-    which, shown = f"{len(bad)} of {count} pictures", first_few([*bad.values()])
-    if bad and not cfg.skip_bad:
-        remedy = "replace them (COCO's: python get_data.py verify --put_aside, then download), or leave them out"
-        raise UserError(f"--data_root: {which} cannot be read ({shown}); {remedy} with --skip_bad")
-    if bad:
-        print(f"left out {which} that cannot be read ({shown})")
-    if not len(pixels):
-        raise UserError(f"--data_root {cfg.data_root}: none of its {count} pictures can be read; check the path")
-    used = cfg.captions_per_image or None
-    return pixels, [captions[:used] for i, captions in enumerate(dataset.captions) if i not in bad]
+    return prepare(cfg.cache_dir, name, dataset.key(), shape, np.uint8, count, rows, still_bad=still_bad)
+
+
+def leave_out(dataset, bad, cfg):
+    """Say which pictures of a set cannot be read; UserError unless cfg.skip_bad, or if none can."""
+    whys = [f"{dataset.names[i]}: {why}" for i, why in bad.items()]
+    if not cfg.skip_bad:
+        rest = ((name, dataset.rest[i]) for i, name in enumerate(getattr(dataset.rest, "names", ())))
+        whys += [f"{name}: {row}" for name, row in rest if isinstance(row, str)]
+    which = f"{len(whys)} of {dataset.of} pictures"
+    if whys and not cfg.skip_bad:
+        remedy = "replace them (COCO's: python get_data.py verify --put_aside, then download)"
+        remedy = folders.LINK_REMEDY if all(folders.LEADS_OUT in why for why in whys) else remedy
+        shown = f"{which} cannot be read ({first_few(whys)})"
+        raise UserError(f"--data_root: {shown}; {remedy}, or leave them out with --skip_bad")
+    if whys:
+        print(f"left out {which} that cannot be read ({first_few(whys)})")
+    if len(bad) == len(dataset):
+        raise UserError(f"--data_root {cfg.data_root}: none of its {len(bad)} pictures can be read; check the path")
+
+
+def warn_of_dark(names, pixels):
+    """Name the pictures that are nearly black, with the range of values in their files."""
+    brightest = [part.amax(dim=(1, 2, 3)) for part in pixels.split(512)]
+    dark = (torch.cat(brightest) < pictures.DARK).nonzero().flatten().tolist() if brightest else []
+    ranges = [
+        f"{names[i]}{detail}"
+        for i in dark
+        for what, detail in pictures.look_at(names[i], pictures.oddities)
+        if what == pictures.NEARLY_BLACK
+    ]
+    if ranges:
+        print(f"warning: {len(ranges)} {pictures.NEARLY_BLACK} ({first_few(ranges)})", file=sys.stderr)
 
 
 def most_workers(count):

@@ -14,15 +14,15 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from os.path import basename, exists, isdir, join
 
-from PIL import Image
-
 import data
 from config import SDConfig
-from support import coco
+from support import coco, folders, pictures
 from support.errors import UserError, printable, run_script, usage_error
 from support.files import Damaged
 from support.flags import Parser, positive_int
 from support.show import Progress
+
+UNREADABLE = "pictures that cannot be read"
 
 
 def main():
@@ -40,6 +40,8 @@ def main():
     flag("--zip_sha1", default=coco.ZIP_SHA1, help="checksum of the captions' zip, if not COCO's own")
     flag("--connections", type=positive_int, default=16, help=f"pictures at a time, at most {most} {shown}")
     look.add_argument("--dataset", choices=("coco", "folder"), default="coco", help=shown)
+    for name in ("whole_captions", "follow_links"):
+        look.add_argument(f"--{name}", action="store_true", help=SDConfig.__dataclass_fields__[name].metadata["help"])
     look.add_argument("--put_aside", action="store_true", help="rename COCO's damaged pictures to NAME.damaged")
     args = parser.parse_args()
     args.run(args)
@@ -63,9 +65,11 @@ def download(args):
     coco.get_captions(root, names, args.base_url, args.zip_sha1)
     for name, count in zip(names, (args.max_images, args.held_out_images)):
         captions, _ = data.read_captions(join(root, name))
-        folder = data.pictures_folder(name)
+        folder = data.pictures_folder(name, root)
         chosen = data.by_hash({picture: several for picture, several in captions.items() if several})[:count]
-        jobs += [(f"{args.base_url}/{folder}/{picture}", join(root, folder, picture)) for picture, _ in chosen]
+        jobs += [
+            (f"{args.base_url}/{basename(folder)}/{picture}", join(root, folder, picture)) for picture, _ in chosen
+        ]
     failed = coco.get_pictures(jobs, data.read_rgb, args.connections)
     for path, why in failed:
         print(f"{path}: {printable(why)}", file=sys.stderr)
@@ -77,80 +81,96 @@ def download(args):
 
 def verify(args):
     """Decode every picture that has captions; print what is wrong and what is odd."""
-    root, coco_again = args.data_root, f"python get_data.py verify --put_aside --data_root {args.data_root}"
-    if args.put_aside and args.dataset != "coco":
+    root, is_coco = args.data_root, args.dataset == "coco"
+    coco_again = f"python get_data.py verify --put_aside --data_root {root}"
+    if args.put_aside and not is_coco:
         usage_error("--put_aside: is for coco, which can be downloaded anew; replace your own pictures")
-    files = list_coco(root) if args.dataset == "coco" else list_folder(root)
-    bad = look_at_all(files, data.allowed_folders(files, root, args.dataset))
-    print_names("pictures that cannot be read", [f"{p}: {type(e).__name__}: {e}" for p, e in bad.items()], len(bad))
+    names = {name: getattr(args, name) for name in ("dataset", "data_root", "whole_captions", "follow_links")}
+    files, allowed, wrong, odd = (list_coco if is_coco else list_folder)(SDConfig(**names))
+    bad = look_at_all(files, allowed, odd)
     # what the system did not let us read need not be damaged
     damaged = [p for p, e in bad.items() if not isinstance(e, MemoryError) and getattr(e, "errno", None) is None]
+    wrong[UNREADABLE] = [f"{p}: {type(e).__name__}: {e}" for p, e in bad.items()]
+    for title, found in (("wrong, training stops", wrong), ("odd, training goes on", odd)):
+        print(f"{title}:" if any(found.values()) else f"{title}: nothing")
+        for what, where in found.items():
+            print_names(what, where) if where else None
     for path in damaged if args.put_aside else ():
         os.replace(path, f"{path}.damaged")
         del bad[path]
     if args.put_aside and damaged:
         what = f"python get_data.py download --data_root {root} gets anew those that training reads"
         print(f"{len(damaged)} of them are renamed to NAME.damaged; {what}")
+    remedy = f"{coco_again} and then download replace them" if is_coco else "replace them"
+    if args.put_aside:
+        remedy = "see to their permissions, the disk and the memory, for they need not be damaged"
+    if bad and all(folders.LEADS_OUT in str(e) for e in bad.values()):
+        remedy = folders.LINK_REMEDY
+    faults = [f"{len(wrong[what])} {what}; {remedy}" for what, remedy in folders.REMEDIES.items() if wrong.get(what)]
     if bad:
-        remedy = f"{coco_again} and then download replace them" if args.dataset == "coco" else "replace them"
-        if args.put_aside:
-            remedy = "see to their permissions, the disk and the memory, for they need not be damaged"
-        which = f"{len(bad)} of {len(files)} pictures cannot be read (listed above)"
-        raise UserError(f"--data_root {root}: {which}; {remedy}, or train with --skip_bad")
+        faults.append(f"{len(bad)} of {len(files)} pictures cannot be read; {remedy}, or train with --skip_bad")
+    if not is_coco and len(files) - len(bad) < 2:
+        faults.append("fewer than two captioned pictures; give more, one is held out")
+    if faults:
+        raise UserError(f"--data_root {root}: {'; '.join(faults)} (all are listed above)")
 
 
-def look_at_all(files, folders):
-    """Print which modes are odd -> {path: the exception that says why it cannot be read}."""
-    bad, modes, progress = {}, defaultdict(list), Progress(len(files), "verify")
+def look_at_all(files, allowed, odd):
+    """Note what is odd about pictures -> {path: the exception that says why it cannot be read}."""
+    bad, progress = {}, Progress(len(files), "verify")
     with ThreadPool(os.cpu_count()) as pool:
-        for path, found in zip(files, pool.imap(partial(look_at, folders=folders), files)):
+        for path, found in zip(files, pool.imap(partial(look_at, allowed=allowed), files)):
             if isinstance(found, Exception):
                 bad[path] = found
             else:
-                modes[found].append(path)
+                for what, detail in found:
+                    odd[what].append(f"{path}{detail}")
             progress.update()
     progress.close()
-    for mode in sorted(modes.keys() - {"RGB", "L"}):
-        print_names(f"pictures of mode {mode}, which become RGB", modes[mode])
     return bad
 
 
-def look_at(path, folders):
-    """-> the mode of a picture, or the exception that says why it cannot be read."""
+def look_at(path, allowed):
+    """-> what is odd about a picture, or the exception that says why it cannot be read."""
     try:
-        data.check_link(path, folders)
+        if why := folders.leads_out(path, allowed):
+            return OSError(why)
         data.read_rgb(path)
-        with Image.open(path, formats=data.FORMATS) as picture:
-            return picture.mode
+        return pictures.look_at(path, pictures.oddities)
     except Exception as e:  # decoders raise many kinds
         return e
 
 
 def print_names(what, names, most=10):
     print(f"{len(names)} {what}")
-    for name in [*sorted(names)[:most], *["..."] * (len(names) > most)]:
+    for name in [*sorted(names)[:most], *["..."] * (len(names) > most)] if names != ["?"] * len(names) else ():
         print(f"  {printable(name)}")
 
 
-def list_coco(root):
-    """Print what is odd about COCO's captions -> the pictures that are there and have captions."""
-    files = []
-    for name in data.captions_files(root, SDConfig().captions_json):
-        folder = join(root, data.pictures_folder(name))
-        captions, odd = data.read_captions(join(root, name))
+def list_coco(cfg):
+    """-> the pictures that are there and have captions, where links may lead, what is wrong, and what is odd."""
+    root, files, wrong, odd = cfg.data_root, [], {}, defaultdict(list)
+    for name in data.captions_files(root, cfg.captions_json):
+        folder = join(root, data.pictures_folder(name, root))
+        captions, strange = data.read_captions(join(root, name))
         there = set(os.listdir(folder)) if isdir(folder) else set()
-        for what, count in odd.items():
-            print(f"{count} {what} in {name}")
-        print_names(f"pictures in {name}, but not in {folder}", captions.keys() - there)
-        print_names(f"pictures in {folder}, but not in {name}", there - captions.keys())
+        odd |= {f"{what} in {name}": ["?"] * count for what, count in strange.items()}
+        odd[folders.HIDDEN] += [join(folder, hidden) for hidden in there if folders.is_hidden(hidden)]
+        there = {picture for picture in there if not folders.is_hidden(picture)}
+        odd[f"pictures in {name}, but not in {folder}"] += captions.keys() - there
+        odd[f"pictures in {folder}, but not in {name}"] += there - captions.keys()
         files += [join(folder, picture) for picture in sorted(there & captions.keys())]
-    return files
+    return files, None if cfg.follow_links else data.coco_folders(files, root), wrong, odd
 
 
-def list_folder(root):
-    records = data.folder_records(root)
-    print_names("pictures with an empty caption", [path for path, captions in records if "" in captions])
-    return sorted(path for path, _ in records)
+def list_folder(cfg):
+    """As list_coco(), of a folder of one's own."""
+    found = folders.Folder(cfg)
+    if not any(found.wrong.values()):
+        found.check()
+    if found.captions:
+        print(found.summary())
+    return sorted({*found.captions, *found.pictures}), found.allowed, found.wrong, found.odd
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 
 import torch
@@ -25,6 +24,7 @@ from config import MAX_SEED
 from diffusion import configured_process, latent_shape, sample
 from scenes import unknown_words
 from support import checkpoint, devices, errors, files, flags, models, show
+from text_encoder import words_of
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
 
@@ -148,7 +148,8 @@ def save_png(folder, prompt, ending, image, text):
     """Save (3, H, W) in [0, 1] under a free name made from the prompt -> the path."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text.encode("utf-8", "replace").decode())
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
+    slug = "-".join(words_of(prompt.replace("_", " "), version=1))[:60].encode()[:150].decode(errors="ignore")
+    slug = slug.strip("-") or "prompt"
     path = free_name(os.path.join(folder, f"{slug}_{ending}"))
     files.write_file(path, show.png_bytes(image, pnginfo=info))
     return path

@@ -11,6 +11,7 @@ Papers:
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -23,6 +24,12 @@ CLIP_NAME = "openai/clip-vit-base-patch32"
 CLIP_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # a commit, so that the weights cannot change
 MOST_WARNINGS = 5  # thousands of captions may be too long
 HUB_TIMEOUT = 6  # seconds to wait for Hugging Face's hub
+# scripts that put no spaces between words: of Thailand, Laos, Tibet, Burma and Cambodia, then Chinese and Japanese
+SPACELESS = re.compile(
+    r"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
+    r"\u3005-\u3007\u3021-\u3029\u3031-\u312f\u31a0-\u31ff\u3400-\u9fff\ua000-\ua4cf\uf900-\ufaff\uff66-\uff9f"
+    r"\U00016fe0-\U00018dff\U0001aff0-\U0001b2ff\U00020000-\U0003ffff]"
+)
 PROBE_TEXT, PROBE_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
@@ -82,19 +89,20 @@ class WordHashTextEncoder(nn.Module):
     prompts: list of B strings -> (B, max_length, dim) float32; unused positions are zero, so "" is all zero.
     This tells words and their order apart, and no more. It knows no synonyms ("automobile" is as far from "car" as from
     "banana") and no plurals, and a word that is in no training caption is noise to the U-Net.
+    version: 2, or 1 for runs of older code, to which a caption in a script without spaces is one word.
     """
 
     POSITION_WEIGHT = 0.25  # small, so that a word keeps nearly the same vector wherever it stands
 
-    def __init__(self, dim=512, max_length=77):
+    def __init__(self, dim=512, max_length=77, version=2):
         super().__init__()
-        self.dim, self.max_length = dim, max_length
+        self.dim, self.max_length, self.version = dim, max_length, version
         self.vectors, self.warned = {}, set()  # vectors: a cache, (dim,) for each word and position met
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def key(self):
-        """What embeddings depend on, for cache keys. Raise the number when forward() changes."""
-        return {"hash": 1, "dim": self.dim, "max_length": self.max_length}
+        """What embeddings depend on, for cache keys. Raise the version when forward() changes."""
+        return {"hash": self.version, "dim": self.dim, "max_length": self.max_length}
 
     def vector(self, key):
         if key not in self.vectors:
@@ -105,12 +113,12 @@ class WordHashTextEncoder(nn.Module):
 
     def split(self, prompt):
         """-> the prompt's words."""
-        return words_of(prompt)
+        return words_of(prompt, self.version)
 
     def forward(self, prompts):
         out = torch.zeros(len(prompts), self.max_length, self.dim)
         for row, prompt in zip(out, prompts):
-            words = words_of(prompt)
+            words = self.split(prompt)
             if len(words) > self.max_length:
                 _warn_once(self.warned, prompt, " ".join(words[self.max_length :]), self.max_length)
             for i, word in enumerate(words[: self.max_length]):
@@ -118,23 +126,34 @@ class WordHashTextEncoder(nn.Module):
         return out.to(self.device_marker.device)
 
 
-def words_of(prompt):
-    """Lower-cased words of letters, digits and underscores, with the marks that many scripts put on letters."""
+def words_of(prompt, version=2):
+    """Lower-cased words of letters, digits and underscores, with the marks that many scripts put on letters.
+
+    In scripts without spaces each character is a word (not in version 1).
+    """
     text = unicodedata.normalize("NFC", prompt.lower())  # an accented letter can be written as one character or as two
-    kept = (c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
-    return [word for word in "".join(kept).split() if any(c.isalnum() or c == "_" for c in word)]
+    kept = "".join(c if c.isalnum() or c == "_" or is_mark(c) else " " for c in text)
+    if version > 1 and SPACELESS.search(kept):  # a word begins before each character of such a script, and behind it
+        alone = SPACELESS.match
+        kept = "".join(f" {c}" if (alone(c) or alone(b)) and not is_mark(c) else c for b, c in zip(" " + kept, kept))
+    return [word for word in kept.split() if any(c.isalnum() or c == "_" for c in word)]
 
 
-def make_text_encoder(source, dim, max_length, trained_with=None):
+def is_mark(c):
+    return unicodedata.category(c)[0] == "M"
+
+
+def make_text_encoder(source, dim, max_length, trained_with=None, key=None):
     """source: "clip", "hash" or a directory (--text_encoder). OSError with a one-line message if it cannot be used.
 
     trained_with: in sampling, the source that the U-Net was trained with; CLIP cannot replace hash, nor hash CLIP.
+    key: of the encoder that the run began with, if there is a run.
     """
     if trained_with is not None and (source == "hash") != (trained_with == "hash"):
         what = f"the run was trained with {trained_with}, whose embeddings differ"
         raise OSError(f"--text_encoder: {source}: {what}; leave the flag out")
     if source == "hash":
-        return WordHashTextEncoder(dim, max_length)
+        return WordHashTextEncoder(dim, max_length, version=1 if (key or {}).get("hash") == 1 else 2)
     encoder = ClipTextEncoder(CLIP_NAME if source == "clip" else source)
     found_dim, found_length = encoder.model.config.hidden_size, encoder.max_length
     if (found_dim, found_length) != (dim, max_length):

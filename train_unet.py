@@ -23,7 +23,6 @@ import training
 from support import checkpoint, devices, encoded, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import run_script
-from text_encoder import make_text_encoder
 from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
@@ -43,7 +42,7 @@ def main():
         return
     run.open()
     autocast = devices.make_autocast(device, cfg.mixed_precision)
-    text_encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length).to(device).eval()
+    text_encoder = models.training_text_encoder(cfg, args.run_dir, args.overwrite, device)
     run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}  # now: the code may be edited later
 
     # ---- Data ----

@@ -3,13 +3,14 @@
 What it is not: it trains nothing, and it does not choose a text encoder.
 """
 
+import contextlib
 import os
 import sys
 
 import torch
 
 from config import PRESETS
-from support.checkpoint import load_weights, manifest_path, most_bytes, newest_epoch_set, num_bytes, sets_of
+from support import checkpoint
 from support.errors import UserError
 from support.files import Damaged
 from text_encoder import make_text_encoder
@@ -24,8 +25,8 @@ def newest_run():
     """The default run directory, runs/<preset>, in which train_unet.py saved an epoch last."""
     saved = {}
     for run_dir in (os.path.join("runs", preset) for preset in PRESETS):
-        for tag in [tag for tag in sets_of(run_dir, "unet") if "_" not in tag][:1]:
-            saved[os.path.getmtime(manifest_path(run_dir, "unet", tag))] = run_dir
+        for tag in [tag for tag in checkpoint.sets_of(run_dir, "unet") if "_" not in tag][:1]:
+            saved[os.path.getmtime(checkpoint.manifest_path(run_dir, "unet", tag))] = run_dir
     if not saved:
         raise UserError("--run_dir: no trained U-Net in runs/; run python train_vae.py and python train_unet.py")
     return saved[max(saved)]
@@ -34,10 +35,10 @@ def newest_run():
 def load_models(run_dir, ema, device, vae_dir=None, epoch=None):
     """An epoch's models, the newest's if none is named -> cfg, name of the U-Net's file, vae, unet, t_embedder.
 
-    All are ready for use. The VAE is the one that the U-Net was trained on, or that of vae_dir if only its decoder is another; UserError,
-    naming the file, if any is not as it was saved.
+    All are ready for use. The VAE is the one that the U-Net was trained on, or that of vae_dir if only its decoder is
+    another. UserError, naming the file, if any is not as it was saved.
     """
-    tag, manifest = newest_epoch_set(run_dir, "unet", epoch=epoch)
+    tag, manifest = checkpoint.newest_epoch_set(run_dir, "unet", epoch=epoch)
     cfg, name = manifest["cfg"], f"{'ema_' if ema else ''}unet_ckpt{tag}"
     made_from = manifest.get("made_from", {})
     files, vae_file = manifest["files"] | made_from, os.path.basename(next(iter(made_from), "the VAE"))
@@ -48,7 +49,7 @@ def load_models(run_dir, ema, device, vae_dir=None, epoch=None):
         (f"t_ember_ckpt{tag}.pth", TimeEmbedding, cfg.time_dim),
     ):
         if file not in files:
-            raise UserError(f"{manifest_path(run_dir, 'unet', tag)}: does not list {file}; train again")
+            raise UserError(f"{checkpoint.manifest_path(run_dir, 'unet', tag)}: does not list {file}; train again")
         try:
             module = load_model(os.path.join(run_dir, file), files[file], kind, size)
         except Damaged as e:
@@ -70,11 +71,11 @@ def load_models(run_dir, ema, device, vae_dir=None, epoch=None):
 def load_model(path, entry, kind, size):
     """A module of class `kind` with the weights of a file; Damaged if they are others."""
     with torch.device("meta"):  # takes no memory, however large the manifest says it is
-        expected = num_bytes(kind(size))
-    if not expected <= entry["bytes"] <= most_bytes(expected):
+        expected = checkpoint.num_bytes(kind(size))
+    if not expected <= entry["bytes"] <= checkpoint.most_bytes(expected):
         raise Damaged(f"{path}: {entry['bytes']} bytes are not a {kind.__name__} of these settings; restore it")
     module = kind(size)
-    load_weights(path, entry, module)
+    checkpoint.load_weights(path, entry, module)
     return module
 
 
@@ -95,12 +96,22 @@ def load_text_encoder(run_dir, cfg, source, device, epoch=None):
 
     source: "clip" or a directory, if it is no longer where training found it, else None.
     """
-    encoder = make_text_encoder(source or cfg.text_encoder, cfg.text_dim, cfg.text_length, cfg.text_encoder)
-    tag, manifest = newest_epoch_set(run_dir, "unet", epoch=epoch)
-    if manifest.get("text") not in (None, encoder.key()):
-        path = manifest_path(run_dir, "unet", tag)
+    tag, manifest = checkpoint.newest_epoch_set(run_dir, "unet", epoch=epoch)
+    key, sizes = manifest.get("text"), (cfg.text_dim, cfg.text_length)
+    encoder = make_text_encoder(source or cfg.text_encoder, *sizes, cfg.text_encoder, key)
+    if key not in (None, encoder.key()):
+        path = checkpoint.manifest_path(run_dir, "unet", tag)
         raise UserError(f"--text_encoder: not the weights that {path} was trained with; give the same ones")
     return encoder.to(device).eval()
+
+
+def training_text_encoder(cfg, run_dir, overwrite, device):
+    """The text encoder to train a U-Net with; a run that goes on keeps the version that it began with."""
+    key = None
+    for tag in [] if overwrite else checkpoint.sets_of(run_dir, "unet"):
+        with contextlib.suppress(Damaged):  # resuming deals with it, and says so
+            key = key or checkpoint.read_manifest(run_dir, "unet", tag).get("text")
+    return make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length, key=key).to(device).eval()
 
 
 def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
@@ -108,7 +119,7 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
 
     given: settings that the user has named; a data set other than the VAE's must be among them.
     """
-    tag, manifest = newest_epoch_set(run_dir, "vae", flag)
+    tag, manifest = checkpoint.newest_epoch_set(run_dir, "vae", flag)
     theirs = manifest["cfg"]
     for name in VAE_SETTINGS:
         if getattr(theirs, name) != getattr(cfg, name):
@@ -129,7 +140,7 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
         print(f"warning: {what}", file=sys.stderr)
     file = f"vae_ckpt_epoch{tag}.pth"
     vae = AutoencoderKL(cfg)
-    load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
+    checkpoint.load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
     early = "" if manifest["finished"] else f": epoch {tag} of {theirs.num_epochs}, where its training was stopped"
     print(f"VAE: {os.path.join(run_dir, file)}{early}")
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}

@@ -447,7 +447,7 @@ def test_captions_that_may_not_be_read_are_not_put_aside(server, get, tmp_path, 
     def refused(path, most):
         raise Damaged(f"{path}: cannot be read (Permission denied); restore it")
 
-    monkeypatch.setattr("data.read_file", refused)
+    monkeypatch.setattr("support.folders.read_file", refused)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert_one_line_error(get(), 1, "captions_train2017.json: cannot be read")
     assert there(tmp_path) == before

@@ -73,6 +73,16 @@ def test_val2017_is_held_out_where_it_is(real_data):
     assert "train2017" in train.names[0] and "val2017" in held_out.names[0]
 
 
+def test_pictures_of_coco_may_lie_under_images(tmp_path):
+    cfg = coco(tmp_path, {f"{i}.jpg": ["x"] for i in range(10)})
+    before = [part.names for part in open_dataset(cfg)]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train2017").rename(tmp_path / "images/train2017")
+    after = open_dataset(cfg)
+    assert [[name.replace("images/", "") for name in part.names] for part in after] == before
+    assert len(read_pictures(after[0], cfg, progress_bar("read"))[0]) == 9
+
+
 def test_real_coco_pictures_become_rgb_squares(real_data):
     """The set holds a greyscale JPEG and every orientation."""
     cfg = SDConfig(data_root=str(real_data / "coco-mini"), num_workers=2, cache_dir="")
@@ -131,7 +141,11 @@ def test_captions_of_an_id_that_two_pictures_have_are_left_out(tmp_path):
     assert odd == {"ids given twice": 1, "captions of unknown pictures": 1, "pictures without a caption": 2}
 
 
-# ---- Your own folder ----
+# ---- Your own folder; layouts are in test_folders.py ----
+
+
+def own(root, **settings):
+    return folder_records(SDConfig(dataset="folder", data_root=str(root), **settings))[0]
 
 
 @pytest.mark.parametrize("kind", ["images", "metadata.jsonl"])
@@ -142,13 +156,13 @@ def test_empty_captions_are_counted(tmp_path, kind, capsys):
         if kind == "metadata.jsonl":
             with open(tmp_path / kind, "a") as f:
                 f.write(json.dumps({"file_name": f"images/{name}.jpg", "text": text}) + "\n")
-    assert len(folder_records(str(tmp_path))) == 3
-    assert "2 pictures have an empty caption" in capsys.readouterr().out
+    assert len(own(tmp_path)) == 3
+    assert "2 pictures with an empty caption" in capsys.readouterr().out
     for name in ("dog", "owl"):
         (tmp_path / f"images/{name}.txt").write_text(f"one {name}")
     if kind == "images":
-        folder_records(str(tmp_path))
-        assert capsys.readouterr().out == ""
+        own(tmp_path)
+        assert capsys.readouterr() == (f"{tmp_path}: 3 pictures with 3 captions, 1 for each picture\n", "")
 
 
 def test_a_folder_with_sidecar_captions(tmp_path):
@@ -156,14 +170,14 @@ def test_a_folder_with_sidecar_captions(tmp_path):
     picture(tmp_path / "images/dog.PNG")
     (tmp_path / "images/cat.txt").write_text("a cat\nthe same cat\n")
     (tmp_path / "images/dog.txt").write_text("a dog")
-    records = {p.rsplit("/", 1)[1]: c for p, c in folder_records(str(tmp_path))}
+    records = {p.rsplit("/", 1)[1]: c for p, c in own(tmp_path)}
     assert records == {"cat.jpg": ["a cat", "the same cat"], "dog.PNG": ["a dog"]}
 
 
 def test_a_folder_with_metadata(tmp_path):
     picture(tmp_path / "images/cat.jpg")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/cat.jpg", "text": "a cat"}\n\n')
-    ((path, captions),) = folder_records(str(tmp_path))
+    ((path, captions),) = own(tmp_path)
     assert captions == ["a cat"] and read_square(path, 16).size == (16, 16)
 
 
@@ -171,23 +185,23 @@ def test_a_folder_with_metadata(tmp_path):
 def test_a_bad_line_of_metadata_is_named(tmp_path, lines):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "x"}\n\n' + lines)
     with pytest.raises(UserError, match="line 3"):
-        folder_records(str(tmp_path))
+        own(tmp_path)
 
 
 def test_captions_that_are_not_utf8_are_named(tmp_path):
     picture(tmp_path / "images/cat.jpg")
     (tmp_path / "images/cat.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match="cat.txt: not UTF-8"):
-        folder_records(str(tmp_path))
+        own(tmp_path)
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "images/cat.jpg", "text": "caf\xe9"}')
-    with pytest.raises(UserError, match="metadata.jsonl: not UTF-8"):
-        folder_records(str(tmp_path))
+    with pytest.raises(UserError, match="metadata.jsonl: not UTF-8.*save them as UTF-8"):
+        own(tmp_path)
 
 
 def test_a_picture_without_a_caption_is_named(tmp_path):
     picture(tmp_path / "images/cat.jpg")
     with pytest.raises(UserError, match="cat.jpg"):
-        folder_records(str(tmp_path))
+        own(tmp_path)
 
 
 # ---- Reading ----
@@ -362,13 +376,13 @@ def test_more_pictures_than_there_are_means_all(tmp_path):
 
 
 def test_what_is_no_picture_of_a_folder_is_said_and_how_many_are_held_out(tmp_path, capsys):
-    (tmp_path / "images/more").mkdir(parents=True)
     for i in range(20):
         picture(tmp_path / f"images/{i}.png")
         (tmp_path / f"images/{i}.txt").write_text("a picture")
-    for name in ("phone.heic", "phone.txt", ".hidden"):
+    for name in ("phone.heic", "phone.txt", "notes.md", ".hidden"):
         (tmp_path / "images" / name).write_text("")
     train, held_out = open_dataset(SDConfig(dataset="folder", data_root=str(tmp_path), held_out_images=8))
     out, err = capsys.readouterr()
     assert (len(train), len(held_out)) == (18, 2) and "2 of 20 pictures are held out" in out
-    assert "images: 3 files" in err and "more; phone.heic; phone.txt" in err
+    assert ": 3 files that are neither" in err and all(name in err for name in ("notes.md", "phone.heic", "phone.txt"))
+    assert "1 hidden files and folders" in out and ".hidden" in out

@@ -73,7 +73,7 @@ def test_pictures_and_latents_that_older_code_has_made_are_not_used(tiny, tmp_pa
 
     key = pictures.key()
     assert pictures.key() == key and kept() == kept() == [1, 1]
-    monkeypatch.setattr(data, "to_rgb", lambda picture: picture.convert("L").convert("RGB"))
+    monkeypatch.setattr(data, "read_square", lambda path, size, *how: None)
     assert pictures.key() != key
     monkeypatch.setattr(encoded, "vae_code", statistics)  # any other module's source
     monkeypatch.setattr(statistics, "pictures_per_pass", lambda pixels: 8, raising=False)

@@ -38,7 +38,8 @@ from conftest import (
 )
 from PIL import Image
 
-from data import MAX_PIXELS, read_rgb, read_square
+from data import read_square
+from support.pictures import MAX_PIXELS, read_rgb
 
 # ---- The disk ----
 

@@ -127,6 +127,28 @@ def mangle(value, dice):
     return copied
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "images/good3.txt"])
+def test_captions_of_ones_own(tmp_path, run_here, name):
+    """A damaged listing or text is refused in one line or read; no name in it leads anywhere else."""
+    dice, outcomes = random.Random(5), set()
+    my_folder(tmp_path, {f"good{i}.png": photo() for i in range(11)})
+    pairs = [(f"images/good{i}.png", f"a picture, number {i}") for i in range(11)]
+    content = {
+        "metadata.jsonl": "".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in pairs),
+        "metadata.csv": "file_name,text\n" + "".join(f'{n},"{t}"\n' for n, t in pairs),
+        "images/good3.txt": "a picture\nthe same, again\n",
+    }[name]
+    for _ in range(MUTATIONS // 2):
+        (tmp_path / "mine" / name).write_bytes(mutate(content.encode(), dice))
+        before = files(tmp_path)
+        with no_hang():
+            result = run_here("get_data.py", "verify", "--dataset", "folder", "--data_root", "mine", cwd=tmp_path)
+        assert_clean(result)
+        outcomes.add(result.returncode)
+        assert files(tmp_path) == before
+    assert outcomes == {0, 1}
+
+
 def test_arguments(tiny_run, tmp_path, run_here):
     """Flags with values that a slip of the hand or a script gives them."""
     dice = random.Random(4)

@@ -106,7 +106,7 @@ def test_put_aside_renames_what_is_damaged_and_nothing_else(coco, tmp_path, run_
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
 def test_what_the_system_does_not_let_us_read_is_not_put_aside(coco, tmp_path, run_here, monkeypatch, error):
     before = files(coco)
-    monkeypatch.setattr("data.read_rgb", lambda path: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("data.read_rgb", lambda path, *_: (_ for _ in ()).throw(error))
     result = run_here(*VERIFY, "--put_aside", cwd=tmp_path)
     assert_one_line_error(result, 1, "8 of 8", "permissions")
     assert files(coco) == before
@@ -133,10 +133,11 @@ def test_empty_captions_are_listed(tmp_path, kind, run_here):
 @pytest.mark.parametrize("kind", ["coco", "folder"])
 def test_captions_too_large_for_the_memory_are_named(tmp_path, fork, kind):
     """Of a caption of one word, Python makes objects of some hundred bytes."""
-    picture(tmp_path / "train2017/1.jpg")
+    for i in (1, 2):
+        picture(tmp_path / f"train2017/{i}.jpg")
     (tmp_path / "annotations").mkdir()
     name = "annotations/captions_train2017.json" if kind == "coco" else "metadata.jsonl"
-    text = '{"file_name": "train2017/1.jpg", "text": "x"}\n' * 300_000
+    text = "".join(f'{{"file_name": "train2017/{i}.jpg", "text": "x"}}\n' for i in (1, 2)) * 150_000
     if kind == "coco":
         notes = ", ".join(['{"image_id": 1, "caption": "x"}'] * 300_000)
         text = f'{{"images": [{json.dumps(ONE)}], "annotations": [{notes}]}}'

@@ -219,7 +219,7 @@ def test_another_text_encoder_than_the_trained_one_is_refused(copy, run_here):
     assert isinstance(encoder, WordHashTextEncoder) and encoder.max_length == 12
     path = copy / "run/unet_set2.json"
     manifest = json.loads(path.read_text())
-    assert manifest["text"] == {"hash": 1, "dim": 512, "max_length": 12}
+    assert manifest["text"] == {"hash": 2, "dim": 512, "max_length": 12}
     path.write_text(sign(manifest | {"text": {"clip": "another"}}))
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "--text_encoder", "unet_set2.json")
 

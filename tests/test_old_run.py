@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLE, TRAIN, assert_one_line_error, files, rows, sign
 
+from config import SDConfig
+from support.models import load_text_encoder, training_text_encoder
+
 ARCHIVE = Path(__file__).parent / "old_run.tar.xz"
 FLAGS = """--num_workers 0 --image_size 32 --max_images 16 --held_out_images 4 --block_out_channels 4 8 --norm_num_groups 1
     --unet_block_out_channels 8 --time_dim 32 --unet_norm_num_groups 4 --num_heads 2 --text_dim 16 --text_length 8
@@ -47,6 +50,19 @@ def test_it_is_sampled(old, run_here):
     result = run_here(*SAMPLE, cwd=old)
     assert result.returncode == 0 and "wrote 1 pictures" in result.stdout, result.stderr
     assert files(old).items() > before.items() and len(list(old.glob("run/samples/x_*.png"))) == 2
+
+
+def test_its_words_are_split_as_they_were(old, tmp_path):
+    """Of a caption in a script without spaces it has learned one vector."""
+    manifest = json.loads((old / "run/unet_set1.json").read_text())
+    cfg = SDConfig(**{k: manifest["settings"][k] for k in ("text_dim", "text_length")}, text_encoder="hash")
+    for encoder in (
+        load_text_encoder(old / "run", cfg, None, "cpu"),
+        training_text_encoder(cfg, old / "run", False, "cpu"),
+    ):
+        assert encoder.split("\u7ea2\u8272") == ["\u7ea2\u8272"] and encoder.key() == manifest["text"]
+    for run, overwrite in ((old / "run", True), (tmp_path / "new", False)):
+        assert training_text_encoder(cfg, run, overwrite, "cpu").version == 2
 
 
 def test_it_is_measured(old, run_here, quick_judge):

@@ -344,10 +344,10 @@ def test_pictures_that_can_be_read_again_are_no_longer_left_out(tmp_path, monkey
                    cache_dir=str(tmp_path / "prepared"))  # fmt: skip
     training = open_dataset(cfg)[0]
 
-    def refused(path):
+    def refused(path, *profiles):
         if path == training.names[4]:
             raise PermissionError(13, "Permission denied", path)
-        return read_rgb(path)
+        return read_rgb(path, *profiles)
 
     with monkeypatch.context() as patch:
         patch.setattr("data.read_rgb", refused)
@@ -366,7 +366,7 @@ def test_a_fault_of_the_machine_is_not_kept_as_one_of_the_picture(tmp_path, monk
     one = data.Pictures([(str(tmp_path / "0.png"), ["x"])], 32, {str(tmp_path)})
     named = "0.png" if isinstance(error, OSError) else None
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_rgb", lambda path: (_ for _ in ()).throw(error))
+        patch.setattr(data, "read_rgb", lambda path, *_: (_ for _ in ()).throw(error))
         with pytest.raises(type(error), match=named):
             one[0]
     assert one[0].shape == (3, 32, 32)

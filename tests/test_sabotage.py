@@ -24,14 +24,15 @@ class Copy(NamedTuple):
     chosen: str  # pytest's -k
 
 
+FOLDERS, PICTURES = "support/folders.py", "support/pictures.py"
 FILES, CHECKPOINT, PREPARED = "support/files.py", "support/checkpoint.py", "support/prepared.py"
 OF_CHECKPOINT, OF_PREPARED, OF_FAULTS = "test_checkpoint.py", "test_prepared.py", "test_faults.py"
 STOPPED_VAE, STOPPED_UNET = "goes_on_to_the_same_bits and 15-2-vae", "goes_on_to_the_same_bits and 15-2-unet"
-READS_A_PICTURE = "    with Image.open(path, formats=FORMATS) as picture:\n"
+READS_A_PICTURE = "    with Image.open(file, formats=FORMATS) as picture:\n"
 FILLS_UP = "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n"
 SKIPS_DAMAGED = "            except Damaged as e:\n                damaged.append"
 GUIDED = "out_uncond + w * (out_cond - out_uncond)"
-LINKS = 'if not any(real.startswith(join(folder, "")) for folder in folders):'
+LINKS = "allowed is None or any("
 
 COPIES = {
     # whole files
@@ -136,13 +137,13 @@ COPIES = {
     ),
     # pictures and captions
     "bombs are unpacked": Copy(
-        "data.py", "if picture.width * picture.height > MAX_PIXELS:", "if False:", OF_FAULTS, "bad_picture and 51"
+        PICTURES, "if picture.width * picture.height > MAX_PIXELS:", "if False:", OF_FAULTS, "bad_picture and 51"
     ),
     "cut pictures are filled up": Copy(
-        "data.py", READS_A_PICTURE, FILLS_UP + READS_A_PICTURE, OF_FAULTS, "bad_picture and half"
+        PICTURES, READS_A_PICTURE, FILLS_UP + READS_A_PICTURE, OF_FAULTS, "bad_picture and half"
     ),
-    "names may climb": Copy("data.py", '".." not in parts', "True", OF_FAULTS, "stay_in_the_folder"),
-    "links lead anywhere": Copy("data.py", LINKS, "if False:", OF_FAULTS, "link_out"),
+    "names may climb": Copy(FOLDERS, '".." in parts', "False", OF_FAULTS, "stay_in_the_folder"),
+    "links lead anywhere": Copy(FOLDERS, LINKS, "True or any(", OF_FAULTS, "link_out"),
     "a half download has the name": Copy(
         "support/coco.py", 'f"{path}.part", ""', 'path, ""', "test_coco.py", "download_stopped"
     ),

@@ -293,3 +293,19 @@ def test_a_model_that_gives_no_numbers_is_one_line_and_no_picture(tiny_run, tmp_
     result = run_here("sample.py", "--prompt", "x", "--run_dir", "run", "--out", tmp_path, cwd=tiny_run)
     assert_one_line_error(result, 1, "unet_ckpt2: ", "not numbers", "--lr")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "prompt, name",
+    [
+        ("A red_1 car, to/day", "a-red-1-car-to-day"),
+        ("\u7ea2\u8272 \u6c7d\u8f66\u3002", "\u7ea2\u8272-\u6c7d\u8f66"),
+        ("Caf\u00e9", "caf\u00e9"),
+        ("\u0e19\u0e31\u0e48\u0e07", "\u0e19\u0e31\u0e48\u0e07"),  # a Thai letter with its marks
+        ("\u2764\ufe0f", "prompt"),
+        ("\u7ea2" * 300, "\u7ea2" * 50),
+    ],
+)
+def test_a_file_has_the_letters_of_its_prompt(tmp_path, prompt, name):
+    path = script.save_png(str(tmp_path), prompt, "seed0", torch.zeros(3, 8, 8), "")
+    assert path == str(tmp_path / f"{name}_seed0.png") and len(path.rsplit("/", 1)[1].encode()) < 200

@@ -54,6 +54,42 @@ def test_words_of_scripts_with_marks_are_words():
     assert torch.equal(encoder(["a red_1 car \u2764\ufe0f, too"]), encoder(["A red_1 car - too"]))  # a heart is no word
 
 
+@pytest.mark.parametrize(
+    "prompt, other, words",
+    [
+        ("\u7ea2\u8272\u6c7d\u8f66\u3002", "\u84dd\u8272\u6c7d\u8f66\u3002", 4),  # a red and a blue car, Chinese
+        ("\u8d64\u3044\u30ab\u30fc", "\u9752\u3044\u30ab\u30fc", 4),  # the same, Japanese
+        (
+            "\u0e23\u0e16\u0e2a\u0e35\u0e41\u0e14\u0e07",
+            "\u0e23\u0e16\u0e2a\u0e35\u0e14\u0e33",
+            6,
+        ),  # Thai, with a mark above
+        ("\u1785\u17b6\u1793", "\u1785\u17b6\u1798", 2),  # Khmer: letters with marks
+        ("\u96eawhite2\u96ea red_1", "\u96eawhite2\u96ea blue", 4),
+    ],
+)
+def test_scripts_without_spaces_have_a_word_per_character(prompt, other, words):
+    encoder = WordHashTextEncoder(512, 12)
+    assert len(encoder.split(prompt)) == words
+    a, b = encoder([prompt, other]).flatten(1)
+    assert torch.cosine_similarity(a, b, 0) > 0.4  # most of the characters are the same
+    old = WordHashTextEncoder(512, 12, version=1)
+    assert len(old.split(prompt)) < words and old.key() != encoder.key()
+
+
+def test_scripts_with_spaces_have_the_words_that_they_always_had():
+    """Korean has spaces. The encoder of runs of older code and today's give the same bits."""
+    prompts = [
+        "A red car!",
+        "\uace0\uc591\uc774\uac00 \uc18c\ud30c\uc5d0",
+        "\u0915\u093e \u0915\u0940",
+        "caf\u00e9 _x \u2764\ufe0f",
+        "",
+    ]
+    old, new = (make_text_encoder("hash", 64, 12, key={"hash": n}) for n in (1, 2))
+    assert torch.equal(old(prompts), new(prompts)) and (old.version, new.version) == (1, 2)
+
+
 def test_words_are_far_apart():
     """Random vectors in 512 dimensions: the largest of half a million cosines is about 0.23."""
     encoder = WordHashTextEncoder()
