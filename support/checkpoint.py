@@ -289,7 +289,7 @@ class Run:
         now, then = vars(self.cfg), vars(manifest["cfg"])
         if other := [f"{k} {then[k]} there, {now[k]} here" for k in SHAPES[self.kind].split() if then[k] != now[k]]:
             raise UserError(f"--init_from {self.cfg.init_from}: of another model ({'; '.join(other)}); give the same")
-        if self.kind == "unet" and self.about["made_from"] != manifest["made_from"]:
+        if self.kind == "unet" and self.about["made_from"] != manifest.get("made_from"):
             what = "has learned the latents of another VAE; copy its vae_* files for a better start"
             print(f"warning: --init_from {self.cfg.init_from}: {what}", file=sys.stderr)
         # the average starts from the trained weights: its own may hold much of random ones
@@ -393,7 +393,7 @@ class Run:
                     print(f"begins anew, as no step was taken before: {str(e).rpartition('; ')[0]}")
                     remove(*map(self.path, self.csv))
                     self.delete(self.names_of(tag))
-                    break
+                    return None
                 if not isinstance(e, Damaged):
                     raise
                 damaged.append((tag, e))

@@ -397,7 +397,8 @@ def test_what_no_step_was_taken_with_gives_way(begin, tmp_path, fork, change):
     cwd, _ = begin("vae")
     killed = fork(*command("vae"), cwd=cwd, inject={"signal_at_step": (signal.SIGKILL, 1)}).wait()
     assert killed.returncode == -signal.SIGKILL and (cwd / "run/vae_set1_step0.json").exists()
-    (cwd / "run/vae_train.csv").write_text("of steps that are lost")
+    for name in ("vae_train.csv", "vae_ckpt_epoch1_step1.pth"):
+        (cwd / "run" / name).write_text("of steps that are lost")
     if not change:
         (cwd / "run/vae_state1_step0.pth").write_bytes(b"")
     words = command("vae", SMALL | change)
