@@ -62,7 +62,7 @@ def main():
     options = flags.sampling_options(args, cfg)
     # load the measures now, because what they need may not be there
     sources = ("fid", published.load_fid, args.fid), ("clip_score", published.load_clip_score, args.clip_score)
-    measures = {name: load(source, device) for name, load, source in sources if source is not None}
+    measures = {name: make(source, device) for name, make, source in sources if source is not None}
 
     # ---- Data ----
     train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
