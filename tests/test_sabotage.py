@@ -30,7 +30,7 @@ OF_CHECKPOINT, OF_PREPARED, OF_FAULTS = "test_checkpoint.py", "test_prepared.py"
 STOPPED_VAE, STOPPED_UNET = "goes_on_to_the_same_bits and 15-2-vae", "goes_on_to_the_same_bits and 15-2-unet"
 READS_A_PICTURE = "    with Image.open(file, formats=FORMATS) as picture:\n"
 FILLS_UP = "    from PIL import ImageFile\n    ImageFile.LOAD_TRUNCATED_IMAGES = True\n"
-SKIPS_DAMAGED = "            except Damaged as e:\n                damaged.append"
+SKIPS_DAMAGED = "if not isinstance(e, Damaged):"
 GUIDED = "out_uncond + w * (out_cond - out_uncond)"
 LINKS = "allowed is None or any("
 
@@ -69,7 +69,7 @@ COPIES = {
     ),
     "silent fresh start": Copy(CHECKPOINT, "self.check_empty(damaged)", "pass", OF_CHECKPOINT, "fresh_start"),
     "another run's settings": Copy(
-        CHECKPOINT, "        if changed:\n", "        if False:\n", OF_CHECKPOINT, "other_settings_is"
+        CHECKPOINT, "if changed:\n            raise", "if False:\n            raise", OF_CHECKPOINT, "other_settings_is"
     ),
     "no step back": Copy(
         CHECKPOINT,
@@ -93,9 +93,7 @@ COPIES = {
     "EMA starts anew": Copy(
         CHECKPOINT, "in zip(names, self.modules):", "in zip(names, self.modules[:2]):", OF_CHECKPOINT, STOPPED_UNET
     ),
-    "rows written twice": Copy(
-        CHECKPOINT, "self.restore_csv(csv)", "pass", OF_CHECKPOINT, "goes_on_to_the_same_bits and 9-4-vae"
-    ),
+    "rows written twice": Copy(CHECKPOINT, "self.restore_csv(csv)", "pass", OF_CHECKPOINT, "not_written_twice and vae"),
     "the window starts anew": Copy(
         CHECKPOINT, "state.window = state.window.to(", "state.window = 0 * state.window.to(", OF_CHECKPOINT, STOPPED_VAE
     ),
