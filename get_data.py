@@ -94,7 +94,8 @@ def verify(args):
     for title, found in (("wrong, training stops", wrong), ("odd, training goes on", odd)):
         print(f"{title}:" if any(found.values()) else f"{title}: nothing")
         for what, where in found.items():
-            print_names(what, where) if where else None
+            if where:
+                print_names(what, where)
     for path in damaged if args.put_aside else ():
         os.replace(path, f"{path}.damaged")
         del bad[path]
