@@ -54,6 +54,11 @@ class SDConfig:
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", 0)
     l1_weight: float = setting(0.0, "weight of the L1 reconstruction term; 0 = off", 0)
     ms_ssim_weight: float = setting(0.0, "weight of the MS-SSIM reconstruction term; 0 = off", 0)
+    adversarial_weight: float = setting(
+        0.0, "how hard a discriminator pulls at the decoder, beside the loss; 0 = off", 0
+    )
+    adversarial_start: int = setting(0, "steps of training before the discriminator begins", 0)
+    matching_weight: float = setting(0.0, "weight of its features' difference in that pull; 0 = off", 0)
     finetune_decoder_of: str = setting("", "run whose decoder train_vae.py goes on training; '' = a new VAE")
 
     # U-Net
@@ -159,6 +164,15 @@ def rules(c):
         yield name, divided, f"must be multiples of {divisor} ({number}); change either"
         varies = side != 1 or min(channels[-2:]) > number
         yield divisor, varies, "leaves each GroupNorm one number, at 1 x 1; give fewer groups or a larger --image_size"
+    for name in ("adversarial_start", "matching_weight"):
+        used = c.adversarial_weight > 0 or not getattr(c, name)
+        yield name, used, "is read with --adversarial_weight alone; give both"
+    seen = c.image_size >= 16 or not c.adversarial_weight
+    yield (
+        "adversarial_weight",
+        seen,
+        f"its discriminator sees 16 pixels at least, the pictures have {c.image_size}; give 0",
+    )
     fits = c.image_size >= 11 or not c.ms_ssim_weight
     yield "ms_ssim_weight", fits, f"its window is 11 pixels wide, the pictures {c.image_size}; give 0"
 

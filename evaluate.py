@@ -5,7 +5,8 @@
 
 Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema:
 evaluation_ema...) to the run directory:
-  VAE          MSE and PSNR of held-out pictures; mean and standard deviation of their latents
+  VAE          MSE, PSNR and SSIM of held-out pictures, and how much of their energy survives, by octave of frequency;
+               how far reconstructions are from pictures in the features of a judge; mean and standard deviation of latents
   loss         of held-out pictures, divided by the least that Gaussian latents allow: with the covariance of training
                (wiener; 1 is as good as the best linear denoiser), and with its mean variance alone (white)
   captions     how much the loss rises with another picture's caption, or none; near 0, the text is not heard
@@ -81,11 +82,13 @@ def main():
         decode = partial(through_vae, run)
         judge, words, why = judges.word_judge(train, train_captions, encoder.split, decode, key, cfg.cache_dir, device)
         real, prompts = held_out, caption_prompts(captions, args.num_prompts)
+    if args.vae:  # now: the judge has learned from pictures as the run's own VAE shows them
+        run.vae = vae = models.load_other_decoder(args.vae, cfg, vae, device, run_dir)
     if args.fid is not None and len(real) < 2:
         raise errors.UserError("--fid: one held-out picture has no variance; leave the flag out")
 
     # ---- VAE and denoiser ----
-    results = {"run_dir": run_dir, "model": name, "ema": args.ema}
+    results = {"run_dir": run_dir, "model": name, "ema": args.ema, "decoder": args.vae}
     results["sampling"] = options | {"pictures": args.num_prompts}
     seed_step(cfg.seed, 0)
     results["vae"] = held_out_figures(vae, batches(held_out, device))
@@ -96,13 +99,14 @@ def main():
     pictures, z = generate(run, prompts, 0, options, "generate")
     seed_step(cfg.seed, 0)
     shown = through_vae(run, held_out)
+    results["vae"] |= reconstruction_distances(judge, shown, held_out, device)
     results["looks"] = {
         name: measure(pictures) / max(measure(shown), 1e-6)
         for name, measure in (("contrast", metrics.contrast), ("colourfulness", metrics.colourfulness))
     }
     results["distances"] = distances(judge, pictures, real, device)
     results["channel_means"] = channel_means(z, held_out_latents, latents)
-    stem = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
+    stem = os.path.join(run_dir, f"evaluation{'_ema' if args.ema else ''}{'_vae' if args.vae else ''}")
     results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{stem}_nearest.png")
     if cfg.dataset == "scenes":
         results["prompts"] = prompt_accuracy(judge, pictures, real, seen, device)
@@ -130,6 +134,7 @@ def parse_args():
     add("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
     add("--epoch", type=flags.positive_int, metavar="N", help="measure this epoch (default: the newest)")
     add("--ema", action="store_true", help="measure the averaged weights")
+    add("--vae", metavar="RUN_DIR", help="decode with this run's VAE, made by train_vae.py --finetune_decoder_of")
     add("--num_prompts", type=flags.positive_int, default=256, help="pictures of each kind to generate (default: 256)")
     flags.add_sampling_flags(parser)
     add("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
@@ -267,16 +272,42 @@ def loss_over_bounds(t, loss, latents, cfg):
 
 @torch.no_grad()
 def distances(judge, generated, real, device):
-    """Distances of n generated to n real pictures, and of n other real ones to the same: the floor; {} without a judge
-    or pictures."""
-    n = min(len(generated), len(real) // 2)
-    if n < 2 or judge is None:
+    """Distances of n generated to n real pictures, and of real pictures to others: the floor; {} without a judge or pictures.
+
+    Where fewer than 2 n are real, the floor is measured between halves: the Frechet distance of two sets from one source is
+    in proportion to 1 / n (docs/notebook.md), the kernel distance in expectation 0.
+    """
+    n, m = min(len(generated), len(real)), min(len(generated), len(real) // 2)
+    if m < 2 or judge is None:
         return {}
-    sets = (generated[:n], real[:n], real[n : 2 * n])
-    g, a, b = (torch.cat([judge(x)[0].cpu().double() for x in batches(pixels, device)]) for pixels in sets)
-    figures = {"pictures": n}
-    for name, distance in {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}.items():
-        figures |= {name: distance(g, a), f"{name}_floor": distance(b, a)}
+    sets = (generated[:n], real[:n], real[:m], real[m : 2 * m])
+    g, r, a, b = (features(judge, pixels, device) for pixels in sets)
+    frechet, kernel = metrics.frechet_distance, metrics.kernel_distance
+    figures = {"pictures": n, "frechet": frechet(g, r), "frechet_floor": frechet(b, a) * m / n}
+    return figures | {"kernel": kernel(g, r), "kernel_floor": kernel(b, a)}
+
+
+def features(judge, pixels, device):
+    return torch.cat([judge(x)[0].cpu().double() for x in batches(pixels, device)])
+
+
+@torch.no_grad()
+def reconstruction_distances(judge, shown, real, device):
+    """How far pictures as the VAE shows them are from the pictures themselves, in the features of a judge; {} without one.
+
+    frechet: as of sets. patches: of each picture by itself, as LPIPS without learned weights (Zhang et al. 2018, Eq. 1):
+    squared differences of a patch's features of length 1; 0 is equal, 2 as different as can be. None of painted scenes.
+    """
+    if judge is None or len(real) < 2:
+        return {}
+    figures = {
+        "frechet": metrics.frechet_distance(*(features(judge, x, device) for x in (shown, real))),
+        "patches": None,
+    }
+    if isinstance(judge, judges.WordJudge):
+        pairs, look = zip(batches(shown, device), batches(real, device)), partial(judges.patch_features, judge)
+        apart = [(look(x_hat) - look(x)).square().sum(dim=1).mean(dim=(1, 2)).cpu() for x_hat, x in pairs]
+        figures["patches"] = torch.cat(apart).mean().item()
     return figures
 
 
@@ -350,6 +381,10 @@ def prompt_accuracy(judge, pictures, real, combinations, device):
 
 ROWS = """\
 VAE, held-out MSE | {vae[mse]:.4f} | PSNR {vae[psnr_db]:.1f} dB
+energy of the finest octave | {vae[octave_1]:.1%} | next {vae[octave_2]:.0%}; 100%: as sharp as the pictures
+SSIM | {vae[ssim]:.3f} | 1 is equal
+Frechet distance, reconstructions | {vae[frechet]:.4g} | 0 is equal
+patch features, reconstructions | {vae[patches]:.4f} | 0 is equal
 latent std | {vae[latent_std]:.3f} | mean {vae[latent_mean]:+.3f}
 loss ({denoising[target]}) | {denoising[mean]:.4f} |
 loss over white bound | {denoising[white][ratio]:.3f} | 1 is a loss of {denoising[white][bound]:.4f}

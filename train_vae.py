@@ -10,18 +10,21 @@ vae_curves.png, and vae_pictures_epoch{E}.png: held-out pictures above their rec
 What it is not: it never looks at captions. Loss and model are in vae.py, every setting in config.py.
 """
 
+import copy
 from functools import partial
 
 import torch
 
+import adversarial
 import data
 import training
 from support import checkpoint, devices, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
-from support.errors import run_script
+from support.errors import UserError, run_script
 from support.signals import command_line
 from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
+LOSSES = ("loss", "mse", "kl", "adversarial", "discriminator")  # the last two with --adversarial_weight
 GRID_PICTURES = 8
 COMPILE_FROM = 2_200  # steps on CUDA from which torch.compile saves more time than it takes, as timed on an H200
 
@@ -34,8 +37,10 @@ def main():
     device = world.device
     run = checkpoint.Run(args, "vae", cfg, world)
     if cfg.finetune_decoder_of:
+        checkpoint.check_idle(cfg.finetune_decoder_of, "--finetune_decoder_of")
         found = models.load_vae(cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of", args.given)
         vae, run.about["made_from"] = found
+    before = copy.deepcopy(vae.decoder) if cfg.finetune_decoder_of else None
     if run.finished():
         return
     run.open()
@@ -52,17 +57,24 @@ def main():
     vae.to(device, memory_format=devices.memory_format(device))
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = training.make_optimizer([vae], cfg)
+    discriminator = adversarial.make_discriminator(cfg, optimizer, device)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M trainable parameters")
 
     # ---- State ----
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
+    check_start(cfg, plan)
     autoencode = world.data_parallel(vae)
     autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
-    start = training.State(0, 0, 0, window=torch.zeros(3, device=device))
-    state = run.resume([vae], optimizer, start, plan)
-    gradients = partial(batch_gradients, autoencode, optimizer, autocast, cfg, world)
+    start = training.State(0, 0, 0, window=torch.zeros(5 if discriminator else 3, device=device))
+    state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
+    adversary = discriminator and (
+        world.data_parallel(discriminator),
+        discriminator.balance,
+        vae.decoder.conv_out.weight,
+    )
+    gradients = partial(batch_gradients, autoencode, adversary, optimizer, autocast, cfg, world)
     if world.size == 1:
-        gradients = record_cuda_graph(gradients, device, parameters)
+        gradients = record_cuda_graph(gradients, device, checkpoint.parameters_of(optimizer))
     guard, progress = training.FiniteGuard(device, run), show.Progress(plan.total_steps, "train_vae", state.step)
 
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
@@ -74,14 +86,14 @@ def main():
             crops = data.draw_crops(len(index), cfg)
             mine = world.share(len(index))  # draws are for the whole batch: the same with any number of processes
             x = data.to_float(data.crop_pictures(pixels, index[mine], crops[mine], cfg.image_size), device)
-            losses, grad_norm = gradients(len(index), x, eps[mine])
-            guard.judge(optimizer, losses[0], grad_norm, state.step)
+            pulled = discriminator is not None and state.step > cfg.adversarial_start
+            losses, grad_norm = gradients(len(index), x, eps[mine], pulled)
+            guard.judge(optimizer, losses.sum(), grad_norm, state.step)
             training.optimizer_step(optimizer, lr)
             state.add(losses)
             if plan.ends_row(state):
                 guard.check()
-                loss, mse, kl = state.take_means()
-                run.log("train", {"step": state.step, "lr": lr, "loss": loss, "mse": mse, "kl": kl})
+                run.log("train", {"step": state.step, "lr": lr} | dict(zip(LOSSES, state.take_means())))
             progress.update()
             if run.save_is_due():
                 guard.check()
@@ -92,7 +104,7 @@ def main():
             guard.check_held_out(figures["mse"], state.step)
             run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
             progress.say(f"epoch {epoch}: {summary(figures)}")
-            show_reconstructions(vae, held_out, device, cfg, run, epoch)
+            show_reconstructions(vae, before, held_out, device, cfg, run, epoch)
             draw_curves(run)
         state.epoch = epoch
         run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
@@ -113,12 +125,20 @@ def read_data(cfg, run):
     return devices.move_if_it_fits(pixels, run.world.device), held_out
 
 
-def batch_gradients(autoencode, optimizer, autocast, cfg, world, count, x, eps):
-    """Leaves the gradients of a batch in the parameters -> loss, mse, kl (3,), and the gradients' norm.
+def check_start(cfg, plan):
+    if cfg.adversarial_weight and cfg.adversarial_start >= plan.total_steps:
+        what = f"{cfg.adversarial_start} is not before the last step, {plan.total_steps}; give less"
+        raise UserError(f"--adversarial_start: {what}, or more --num_epochs")
 
-    x, eps: this process's share of a batch of `count` pictures, and of the noise of their latents.
+
+def batch_gradients(autoencode, adversary, optimizer, autocast, cfg, world, count, x, eps, pulled):
+    """Leaves the gradients of a batch in the parameters -> the LOSSES that there are, and the norm of the VAE's gradients.
+
+    x, eps: this process's share of a batch of `count` pictures, and of the noise of their latents. adversary: the
+    discriminator as it is to be called, its balance, the decoder's last weights; pulled: whether it is used yet.
     """
-    losses = torch.zeros(3, device=x.device)
+    losses = torch.zeros(5 if adversary else 3, device=x.device)
+    edges = torch.zeros(2, *adversary[2].shape, device=x.device) if pulled else None
     x = x.contiguous(memory_format=devices.memory_format(x.device))
     optimizer.zero_grad()
     for part, weight in world.micro_batches(count, cfg.grad_accumulation):
@@ -126,8 +146,15 @@ def batch_gradients(autoencode, optimizer, autocast, cfg, world, count, x, eps):
             mu, log_var, x_hat = autoencode(x[part], eps[part])
         out = mu.float(), log_var.float(), x_hat.float()
         loss, mse, kl = vae_loss(x[part], *out, cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)
-        (weight * loss).backward()
-        losses += weight * torch.stack([loss, mse, kl]).detach()
+        if pulled:
+            figures, gradients = adversarial.backward(*adversary, loss, x[part], out[2], weight, cfg, autocast)
+            losses[3:] += weight * figures
+            edges += weight * gradients
+        else:
+            (weight * loss).backward()
+        losses[:3] += weight * torch.stack([loss, mse, kl]).detach()
+    if pulled:
+        adversary[1].copy_(adversarial.new_balance(world.average(edges)))
     return world.average(losses), training.clip_gradients(optimizer, cfg.max_grad_norm)
 
 
@@ -142,15 +169,19 @@ def evaluate(vae, held_out, device, cfg):
 
 def summary(figures):
     error = f"held-out MSE {figures['mse']:.4f} ({figures['psnr_db']:.1f} dB)"
+    kept = figures["octave_1"]
+    error += f", {kept:.0%} of the finest octave" if kept is not None else ""
     return f"{error}, latent mean {figures['latent_mean']:+.3f}, std {figures['latent_std']:.3f}"
 
 
 @torch.no_grad()
-def show_reconstructions(vae, held_out, device, cfg, run, epoch):
-    """The same held-out pictures at every epoch, above their reconstructions: decoded from mu, not from a drawn z."""
+def show_reconstructions(vae, before, held_out, device, cfg, run, epoch):
+    """The same held-out pictures at every epoch, above their reconstructions: decoded from mu, not from a drawn z.
+    before: the decoder that is being finetuned, which has a row of its own between the two."""
     x = data.to_float(held_out[:GRID_PICTURES], device)
-    x_hat = torch.cat([vae.decoder(vae.encode(part)[0]) for part in x.split(pictures_per_pass(cfg.image_size**2))])
-    show.save_grid(run.path(f"vae_pictures_epoch{epoch}.png"), (torch.cat([x, x_hat]) + 1) / 2, columns=len(x))
+    mu = [vae.encode(part)[0] for part in x.split(pictures_per_pass(cfg.image_size**2))]
+    rows = [x, *(torch.cat([decoder(part) for part in mu]) for decoder in (before, vae.decoder) if decoder)]
+    show.save_grid(run.path(f"vae_pictures_epoch{epoch}.png"), (torch.cat(rows) + 1) / 2, columns=len(x))
 
 
 def draw_curves(run):

@@ -262,24 +262,54 @@ def blur(x):
     return h.view(*x.shape[:2], *h.shape[2:])
 
 
+def octave_energies(x):
+    """Energy of pictures (B, C, H, W) in octaves of spatial frequency, the finest first -> (K,) double.
+
+    Octave k has 2^-(k + 2) to 2^-(k + 1) cycles per pixel, the finest the corners beyond too; K as many as a picture
+    of this size can tell apart. A Hann window keeps the step from one edge to the other out of the fine octaves.
+    """
+    sides = x.shape[2:]
+    y, x_ = (torch.hann_window(n, periodic=False, device=x.device) for n in sides)
+    windowed = (x - x.mean(dim=(2, 3), keepdim=True)) * y[:, None] * x_
+    power = torch.fft.fft2(windowed).abs().square().mean(dim=(0, 1)).cpu().double()
+    fy, fx = (torch.fft.fftfreq(n) for n in sides)
+    octave = -torch.hypot(fy[:, None], fx).clamp(max=0.49).log2().floor() - 2  # (H, W)
+    return torch.stack([power[octave == k].sum() for k in range(max(1, int(math.log2(min(sides))) - 2))])
+
+
 @torch.no_grad()
 def held_out_figures(vae, batches):
     """How well the VAE keeps unseen pictures, and how near their latents are to N(0, I) -> dict of floats.
 
     batches: an iterable of x (B, 3, H, W) in [-1, 1]. mse: of x_hat decoded from a drawn z. psnr_db: of that mse.
+    ssim: of pictures that its window fits into. octave_1, octave_2, ...: energy of x_hat over that of x in each octave
+    of octave_energies(); 1 is as sharp as the pictures, None if they have none.
     latent_mean, latent_std: over all of z. latent_mean_0, latent_std_0, ...: per channel.
     """
-    count, mse, moments = 0, 0.0, 0.0
+    count, sums, moments, energies = 0, 0.0, 0.0, 0.0
     for x in batches:
         mu, log_var = vae.encode(x)
         z = reparameterize(mu, log_var)
-        mse += F.mse_loss(vae.decoder(z), x).item() * len(x)
+        x_hat = vae.decoder(z)
+        sums += torch.stack([F.mse_loss(x_hat, x), mean_ssim(x_hat, x)]).cpu().double() * len(x)
+        energies += torch.stack([octave_energies(p) for p in (x_hat.clamp(-1, 1), x)]) * len(x)  # (2, K)
         moments += torch.stack([z.mean(dim=(0, 2, 3)), z.square().mean(dim=(0, 2, 3))]).cpu().double() * len(x)
         count += len(x)
+    mse, ssim = (sums / count).tolist()
     mean, mean_square = moments / count  # (C,) each
-    figures = {"mse": mse / count, "psnr_db": 10 * math.log10(4 * count / mse) if 0 < mse < math.inf else math.nan}
+    figures = {"mse": mse, "psnr_db": 10 * math.log10(4 / mse) if 0 < mse < math.inf else math.nan}
+    figures |= {"ssim": ssim} if math.isfinite(ssim) else {}
+    for k, (kept, whole) in enumerate(energies.T.tolist(), start=1):
+        figures[f"octave_{k}"] = kept / whole if whole else None
     figures["latent_mean"] = mean.mean().item()
     figures["latent_std"] = (mean_square.mean() - mean.mean() ** 2).sqrt().item()
     for c, (m, s) in enumerate(zip(mean, (mean_square - mean**2).sqrt())):
         figures |= {f"latent_mean_{c}": m.item(), f"latent_std_{c}": s.item()}
     return figures
+
+
+def mean_ssim(x_hat, x):
+    """SSIM of pictures (B, C, H, W) in [-1, 1] -> scalar; NaN if its window does not fit into them."""
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        return torch.full((), math.nan, device=x.device)
+    return structural_similarity((x_hat + 1) / 2, (x + 1) / 2)[0].mean()

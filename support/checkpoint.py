@@ -48,7 +48,7 @@ NOT_OF = {  # settings that no weight of the one depends on
     "vae": "unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_encoder text_dim "
     "text_length timesteps beta_start beta_end scale_betas prediction_type flow_time_mean caption_dropout ema_decay ema_warmup "
     "captions_per_image",
-    "unet": "random_crop random_scale beta l1_weight ms_ssim_weight",
+    "unet": "random_crop random_scale beta l1_weight ms_ssim_weight adversarial_weight adversarial_start matching_weight",
 }
 SHAPES = {  # settings that weights can only be used with
     "vae": "latent_channels block_out_channels layers_per_block norm_num_groups",
@@ -101,7 +101,12 @@ def read_tensors(path, entry, most):
 
 def load_weights(path, entry, module):
     """Copy a checked file into module, strictly; Damaged if a tensor is missing, other, or not finite."""
-    weights, own = read_tensors(path, entry, most_bytes(num_bytes(module))), module.state_dict()
+    copy_weights(path, read_tensors(path, entry, most_bytes(num_bytes(module))), module)
+
+
+def copy_weights(path, weights, module):
+    """Into module, strictly; Damaged if they are not its own. path: of the file that they come from."""
+    own = module.state_dict()
     if not isinstance(weights, dict) or not all(is_plain(v) for v in weights.values()):
         raise Damaged(f"{path}: holds no plain weights; restore it")
     wrong = f"{path}: not the {type(module).__name__} of these settings:"
@@ -125,18 +130,22 @@ def describe(tensor):
 
 
 def adam_state(optimizer):
-    """Step, mean and mean square of the gradient of each parameter, in order; [] before the first step."""
-    states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"] if optimizer.state[p]]
-    return [{k: v.detach().cpu() for k, v in s.items()} for s in states]
+    """Step, mean and mean square of the gradient of each parameter, in order, {} of those that had none; [] of nothing."""
+    states = [{k: v.detach().cpu() for k, v in optimizer.state[p].items()} for p in parameters_of(optimizer)]
+    return states if any(states) else []
+
+
+def parameters_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def load_adam(path, optimizer, saved):
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = parameters_of(optimizer)
     optimizer.state.clear()  # a set that turned out to be damaged may have been here before
     if len(saved) not in (0, len(parameters)):
         raise Damaged(f"{path}: holds the Adam state of another model; restore it")
     for p, s in zip(parameters, saved):
-        for name in state_names(optimizer, p):
+        for name in state_names(optimizer, p) if s else ():  # a discriminator has none before it begins
             shape = () if name == "step" else p.shape
             if not is_plain(s[name]) or s[name].shape != shape or s[name].dtype != torch.float32:
                 raise Damaged(f"{path}: holds the Adam state of another model; restore it")
@@ -220,6 +229,16 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
         raise UserError(f"--epoch {epoch}: not saved in {run_dir}; give one of {', '.join(reversed(tags))}")
     tag = tags[0] if epoch is None else f"{epoch}"
     return tag, read_manifest(run_dir, kind, tag)
+
+
+def check_idle(run_dir, flag):
+    """UserError if a training is going on in run_dir: what it holds is about to change."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(os.path.join(run_dir, ".lock"), "r+") as f:
+        try:
+            if fcntl:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{flag} {run_dir}: still trains ({printable(f.read(100))}); wait until it ends") from None
 
 
 # ---- A training run -------------------------------------------------------------------------------------
@@ -351,13 +370,13 @@ class Run:
 
     # ---- Going on ----
 
-    def resume(self, modules, optimizer, state, plan):
+    def resume(self, modules, optimizer, state, plan, helpers=()):
         """Load the newest good set into modules and optimizer -> its State; `state` if the run is a new one.
 
-        modules: one per PREFIXES[kind], in that order. A new run saves where it starts, so that a full disk shows now.
+        modules: one per PREFIXES[kind], in that order; helpers: those that nobody needs but who resumes. A new run saves where it starts, so that a full disk shows now.
         UserError if nothing usable is where something should be, or if settings, data or VAE are not those of the set.
         """
-        self.modules, self.optimizer, self.plan = modules, optimizer, plan
+        self.modules, self.helpers, self.optimizer, self.plan = modules, helpers, optimizer, plan
         if self.world.rank:  # rank 0 finds a set, or makes one
             self.world.wait()
             state = self.load(sets_of(self.dir, self.kind)[0], state)
@@ -431,10 +450,13 @@ class Run:
         path, step, epoch = self.path(names[-1]), manifest["step"], manifest["epoch"]
         if manifest["finished"] and not os.path.lexists(path):  # nobody thought that it would go on
             counters = vars(replace(start, step=step, epoch=epoch, restart=step))
-            saved = {"adam": [], "counters": counters, "csv": self.read_csv()}
+            saved = {"adam": [], "counters": counters, "csv": self.read_csv()}  # helpers begin anew
         else:
-            saved = read_tensors(path, files[names[-1]], 4 * sum(map(num_bytes, self.modules)) + MAX_STATE_TEXT)
+            most = 4 * sum(map(num_bytes, [*self.modules, *self.helpers])) + MAX_STATE_TEXT
+            saved = read_tensors(path, files[names[-1]], most)
         try:
+            for module, weights in zip(self.helpers, saved.get("helpers", ())):
+                copy_weights(path, weights, module)
             load_adam(path, self.optimizer, saved["adam"])
             state, csv = State(**saved["counters"]), {name: saved["csv"].get(name) for name in self.csv}
             fits = state.step == step >= 0 and state.epoch == epoch >= 0
@@ -512,6 +534,8 @@ class Run:
     def write_set(self, tag, state, finished):
         counters = vars(state) | {"window": state.window.cpu()}
         resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": self.read_csv()}
+        if self.helpers:
+            resuming["helpers"] = list(map(plain_weights, self.helpers))
         files = {}
         for prefix, content in zip(self.prefixes, [*map(plain_weights, self.modules), resuming]):
             buffer = io.BytesIO()

@@ -175,6 +175,11 @@ def read_words(judge, batches):
     return torch.cat([judge(x)[1].float().cpu() for x in batches])
 
 
+def patch_features(judge, x):
+    """x: (B, 3, H, W) in [-1, 1] -> features of its 16 patches before their mean, each of length 1: (B, 256, 4, 4)."""
+    return F.normalize(F.relu(judge.norm(judge.blocks(judge.stem(shrink(x))))))
+
+
 def augmented(x):
     """Crops of 0.65 to 1 of the side, mirrored or not, lighter or darker, a little noise: (B, 3, H, W) -> the same."""
     n, device = len(x), x.device

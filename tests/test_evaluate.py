@@ -56,6 +56,11 @@ def test_distances_notice_what_is_wrong():
         found = evaluate.distances(judge, pictures, real, CPU)
         assert found["frechet"] > 1.1 * floor["frechet_floor"], what
         assert found["kernel"] > 8 * abs(floor["kernel_floor"]), what
+    # with half as many real pictures the floor is between halves, and scaled to the number that is compared
+    fewer = evaluate.distances(judge, good, real[:128], CPU)
+    halves = evaluate.distances(judge, real[64:128], real[:128], CPU)["frechet_floor"]
+    assert fewer["pictures"] == 128 and fewer["frechet_floor"] == pytest.approx(halves / 2)
+    assert 0.5 * floor["frechet_floor"] < fewer["frechet_floor"] < 2 * floor["frechet_floor"]
     assert evaluate.distances(judge, good, real[:3], CPU) == {} == evaluate.distances(None, good, real, CPU)
 
 
@@ -243,7 +248,8 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
         "run_dir": "runs/x",
         "model": "unet_ckpt1",
         "sampling": {"num_steps": 5},
-        "vae": {"mse": 0.1, "psnr_db": 16.0, "latent_mean": 0.0, "latent_std": 1.0},
+        "vae": {"mse": 0.1, "psnr_db": 16.0, "latent_mean": 0.0, "latent_std": 1.0, "ssim": 0.7, "octave_1": 0.125}
+        | {"octave_2": 0.5, "frechet": 0.5, "patches": 0.25},
         "denoising": {"target": "flow", "mean": 0.6, "by_timestep": [0.75, None], "white": bound, "wiener": bound},
         "captions": {kind: {"gap": 0.01, "standard_error": 0.002} for kind in ("shuffled", "empty")},
         "distances": {"pictures": 7, "frechet": 3.0, "frechet_floor": 2.0, "kernel": 1.0, "kernel_floor": -1.0},
@@ -263,6 +269,7 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
     assert full[2] == "VAE, held-out MSE                     0.1000   PSNR 16.0 dB"
     assert full[-3:] == ["loss        0.7500      -", "over white       -   2.00", "over wiener      -   2.00"]
     assert f"{'composition, place right':34}     50.0%   real 50.0%" in full and "CLIP score, n = 7" in full[-5]
+    assert f"{'energy of the finest octave':34}     12.5%   next 50%; 100%: as sharp as the pictures" in full
     for kind in ("prompts", "composition", "fid", "clip_score"):
         del results[kind]
     results["words"] = {"words": 0, "why": "too few"}

@@ -96,8 +96,8 @@ def test_a_stop_is_saved_and_goes_on_with_two_processes(tmp_path, fork):
 
 
 def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path, run_here):
-    """Gradient accumulation: 23 pictures in uneven parts give the loss curves of the undivided batch."""
-    short = STEPS | {"max_images": 23, "num_epochs": 5}
+    """Gradient accumulation: 23 pictures in uneven parts give the loss curves of the undivided batch; a discriminator's too."""
+    short = STEPS | {"max_images": 23, "num_epochs": 5, "adversarial_weight": 0.5, "matching_weight": 1}
     for parts in (1, 3):
         for script in ("train_vae.py", "train_unet.py"):
             command = ("--preset", "demo", "--run_dir", f"run{parts}", "--grad_accumulation", parts, *flags(short))

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -108,6 +109,9 @@ def test_the_last_line_asks_for_a_caption_of_theirs_and_can_be_pasted(tmp_path, 
 ALL = {
     "l1_weight": 0.1,
     "ms_ssim_weight": 0.1,
+    "adversarial_weight": 0.5,
+    "adversarial_start": 2,
+    "matching_weight": 1.0,
     "random_crop": 4,
     "random_scale": True,
     "horizontal_flips": True,
@@ -170,7 +174,7 @@ def test_pictures_are_encoded_a_bounded_number_of_pixels_at_a_time(tiny, tmp_pat
     ways = {
         "encode_pictures": lambda: encoded.encode_pictures(vae, pixels, ABOUT, "cpu", cfg, "encode"),
         "held-out figures": lambda: train_vae.evaluate(vae, pixels, "cpu", cfg),
-        "pictures": lambda: train_vae.show_reconstructions(vae, pixels, "cpu", cfg, run, 1),
+        "pictures": lambda: train_vae.show_reconstructions(vae, None, pixels, "cpu", cfg, run, 1),
         "evaluate.py": lambda: sizes.extend(len(x) for x in evaluate.batches(pixels, "cpu")),
     }
     monkeypatch.setattr(vae_module, "MAX_PIXELS_PER_PASS", 2 * 32 * 32)
@@ -255,3 +259,62 @@ def test_a_vae_is_not_finetuned_onto_itself_nor_by_the_wrong_script(tiny_run, ru
         assert_one_line_error(result, 2, "--run_dir" if run != "new" else "--finetune_decoder_of")
     nothing = run_here("train_vae.py", *command[:-1], "nowhere", "--run_dir", "new", cwd=tiny_run)
     assert_one_line_error(nothing, 1, "--finetune_decoder_of nowhere", "train_vae.py")
+
+
+# ---- A discriminator ----
+
+PULLED = ("--adversarial_weight", 0.5, "--matching_weight", 1)
+
+
+def test_a_discriminator_pulls_from_its_start_on_and_no_earlier(tmp_path, run_here):
+    """It begins with the fourth step, and pulls from the fifth on, when it knows how hard."""
+    found = {}
+    for steps in (4, 6):
+        for words in ((), (*PULLED, "--adversarial_start", 3)):
+            settings = TINY | QUICK | {"max_images": 24, "num_epochs": 2, "batch_size": 8}
+            command = [*TRAIN[:2], "--run_dir", "run", "--overwrite", *flags(settings), "--max_steps", steps, *words]
+            assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
+            found[steps, bool(words)] = weights(next((tmp_path / "run").glob("vae_ckpt_epoch*.pth")))
+    same = {n: all(torch.equal(found[n, True][k], v) for k, v in found[n, False].items()) for n in (4, 6)}
+    assert same == {4: True, 6: False}
+    assert float(rows(tmp_path / "run/vae_train.csv")[-1]["discriminator"]) > 0
+
+
+def test_an_adversarial_finetuning_leaves_the_encoder_and_shows_the_decoder_it_began_with(finetuned, run_here):
+    cwd, _ = finetuned
+    words = ["--preset", "demo", "--run_dir", "sharper", "--finetune_decoder_of", "run", *PULLED, *flags(TINY)]
+    assert run_here("train_vae.py", *words, cwd=cwd).returncode == 0
+    before, after = (weights(cwd / run / "vae_ckpt_epoch2.pth") for run in ("run", "sharper"))
+    assert all(torch.equal(before[k], after[k]) != k.startswith("decoder.") for k in before)
+    heights = {}
+    for run in ("run", "sharper"):
+        with Image.open(cwd / run / "vae_pictures_epoch2.png") as image:
+            heights[run] = image.height
+    assert heights == {"run": 2 * 34 + 2, "sharper": 3 * 34 + 2}
+
+
+def test_what_a_discriminator_cannot_do_is_one_line(tiny_run, tmp_path, run_here):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    common = ["--preset", "demo", "--run_dir", "new", *flags(TINY)]
+    for words, code, parts in (
+        (["--adversarial_weight", -1], 2, ["--adversarial_weight", "give 0 or more"]),
+        (["--adversarial_start", 5], 2, ["--adversarial_start", "give both"]),
+        (["--matching_weight", 1], 2, ["--matching_weight", "give both"]),
+        ([*PULLED, "--image_size", 8], 2, ["--adversarial_weight", "16 pixels"]),
+        ([*PULLED, "--adversarial_start", 6], 1, ["--adversarial_start", "give less"]),
+    ):
+        assert_one_line_error(run_here("train_vae.py", *common, *words, cwd=tmp_path), code, *parts)
+    assert not list((tmp_path / "new").glob("vae_*"))
+
+
+def test_a_vae_that_still_trains_is_not_finetuned(tiny_run, tmp_path, run_here):
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    hold = "import fcntl, sys; f = open('run/.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    words = ["--preset", "demo", "--run_dir", "new", "--finetune_decoder_of", "run", *flags(TINY)]
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, **pipes) as other:
+        other.stdout.readline()
+        result = run_here("train_vae.py", *words, cwd=tmp_path)
+        other.stdin.close()
+    assert_one_line_error(result, 1, "--finetune_decoder_of run", "still trains")
+    assert run_here("train_vae.py", *words, cwd=tmp_path).returncode == 0

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, randomize
 from diffusers import AutoencoderKL as TheirVAE
 
@@ -16,6 +17,7 @@ from vae import (
     AutoencoderKL,
     held_out_figures,
     ms_ssim,
+    octave_energies,
     pictures_per_pass,
     reparameterize,
     vae_loss,
@@ -89,6 +91,39 @@ def test_held_out_figures_against_a_direct_computation(tiny):
     assert figures["latent_mean"] == pytest.approx(z.mean().item(), abs=1e-5)
     assert figures["latent_std"] == pytest.approx(z.std(correction=0).item(), rel=1e-4)
     assert figures["latent_std_2"] == pytest.approx(z[:, 2].std(correction=0).item(), rel=1e-4)
+    x_hat = vae.decoder(z).detach()
+    kept = octave_energies(x_hat.clamp(-1, 1)) / octave_energies(x)
+    assert [figures[f"octave_{k}"] for k in (1, 2, 3)] == pytest.approx(kept.tolist(), rel=1e-5)
+    ssim = np.mean(
+        [naive_ssim((a + 1) / 2, (b + 1) / 2)[0] for a, b in zip(x_hat.flatten(0, 1).numpy(), x.flatten(0, 1).numpy())]
+    )
+    assert figures["ssim"] == pytest.approx(ssim, abs=1e-4)
+    assert held_out_figures(vae, [torch.full((1, 3, 32, 32), 0.5)])["octave_1"] is None
+
+
+@pytest.mark.parametrize("cycles, octave", [(30, 0), (18, 0), (12, 1), (6, 2)])
+def test_a_wave_is_energy_of_its_octave(cycles, octave):
+    """A wave of so many cycles across 64 pixels, upright and lying: nearly all of it in one octave of four."""
+    wave = torch.cos(2 * math.pi * cycles * torch.arange(64) / 64 + 0.3)
+    for x in (wave.expand(64, 64), wave[:, None].expand(64, 64)):
+        energies = octave_energies(x.expand(1, 3, 64, 64))
+        assert energies.shape == (4,) and energies[octave] > 0.9 * energies.sum()
+
+
+def test_octaves_share_the_energy_of_a_picture():
+    """Parseval: but for the lowest frequencies, the octaves of noise add up to its energy under the window."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 32, 48)
+    window = torch.hann_window(32, periodic=False)[:, None] * torch.hann_window(48, periodic=False)
+    whole = ((x - x.mean(dim=(2, 3), keepdim=True)) * window).square().sum(dim=(2, 3)).mean().item() * 32 * 48
+    assert 0.9 * whole < octave_energies(x).sum().item() < whole
+
+
+def test_blur_takes_the_finest_octave_first():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 64, 64)
+    kept = (octave_energies(F.avg_pool2d(x, 3, stride=1, padding=1)) / octave_energies(x)).tolist()
+    assert kept == sorted(kept) and kept[0] < 0.1 and kept[3] > 0.8
 
 
 def test_a_pass_holds_as_many_pixels_at_most_as_32_pictures_of_128():
