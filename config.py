@@ -54,6 +54,7 @@ class SDConfig:
     beta: float = setting(1e-5, "weight of the KL term [MSE per nat]", 0)
     l1_weight: float = setting(0.0, "weight of the L1 reconstruction term; 0 = off", 0)
     ms_ssim_weight: float = setting(0.0, "weight of the MS-SSIM reconstruction term; 0 = off", 0)
+    lpips_weight: float = setting(0.0, "weight of LPIPS, by the package lpips and its weights; 0 = off", 0)
     adversarial_weight: float = setting(
         0.0, "how hard a discriminator pulls at the decoder, beside the loss; 0 = off", 0
     )

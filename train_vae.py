@@ -18,7 +18,7 @@ import torch
 import adversarial
 import data
 import training
-from support import checkpoint, devices, flags, models, processes, show
+from support import checkpoint, devices, flags, models, processes, published, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import UserError, run_script
 from support.signals import command_line
@@ -37,7 +37,6 @@ def main():
     device = world.device
     run = checkpoint.Run(args, "vae", cfg, world)
     if cfg.finetune_decoder_of:
-        checkpoint.check_idle(cfg.finetune_decoder_of, "--finetune_decoder_of")
         found = models.load_vae(cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of", args.given)
         vae, run.about["made_from"] = found
     before = copy.deepcopy(vae.decoder) if cfg.finetune_decoder_of else None
@@ -45,6 +44,7 @@ def main():
         return
     run.open()
     autocast = devices.make_autocast(device, cfg.mixed_precision)
+    lpips = published.load_lpips(cfg.image_size, device) if cfg.lpips_weight else None
 
     # ---- Data ----
     pixels, held_out = read_data(cfg, run)
@@ -67,12 +67,9 @@ def main():
     autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
     start = training.State(0, 0, 0, window=torch.zeros(5 if discriminator else 3, device=device))
     state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
-    adversary = discriminator and (
-        world.data_parallel(discriminator),
-        discriminator.balance,
-        vae.decoder.conv_out.weight,
-    )
-    gradients = partial(batch_gradients, autoencode, adversary, optimizer, autocast, cfg, world)
+    last = vae.decoder.conv_out.weight
+    adversary = discriminator and (world.data_parallel(discriminator), discriminator.balance, last)
+    gradients = partial(batch_gradients, autoencode, lpips, adversary, optimizer, autocast, cfg, world)
     if world.size == 1:
         gradients = record_cuda_graph(gradients, device, checkpoint.parameters_of(optimizer))
     guard, progress = training.FiniteGuard(device, run), show.Progress(plan.total_steps, "train_vae", state.step)
@@ -131,7 +128,7 @@ def check_start(cfg, plan):
         raise UserError(f"--adversarial_start: {what}, or more --num_epochs")
 
 
-def batch_gradients(autoencode, adversary, optimizer, autocast, cfg, world, count, x, eps, pulled):
+def batch_gradients(autoencode, lpips, adversary, optimizer, autocast, cfg, world, count, x, eps, pulled):
     """Leaves the gradients of a batch in the parameters -> the LOSSES that there are, and the norm of the VAE's gradients.
 
     x, eps: this process's share of a batch of `count` pictures, and of the noise of their latents. adversary: the
@@ -146,6 +143,7 @@ def batch_gradients(autoencode, adversary, optimizer, autocast, cfg, world, coun
             mu, log_var, x_hat = autoencode(x[part], eps[part])
         out = mu.float(), log_var.float(), x_hat.float()
         loss, mse, kl = vae_loss(x[part], *out, cfg.beta, cfg.l1_weight, cfg.ms_ssim_weight)
+        loss = loss + cfg.lpips_weight * lpips(out[2], x[part]) if lpips else loss
         if pulled:
             figures, gradients = adversarial.backward(*adversary, loss, x[part], out[2], weight, cfg, autocast)
             losses[3:] += weight * figures

@@ -48,7 +48,7 @@ NOT_OF = {  # settings that no weight of the one depends on
     "vae": "unet_block_out_channels unet_layers_per_block unet_norm_num_groups num_heads time_dim text_encoder text_dim "
     "text_length timesteps beta_start beta_end scale_betas prediction_type flow_time_mean caption_dropout ema_decay ema_warmup "
     "captions_per_image",
-    "unet": "random_crop random_scale beta l1_weight ms_ssim_weight adversarial_weight adversarial_start matching_weight",
+    "unet": "random_crop random_scale beta l1_weight ms_ssim_weight lpips_weight adversarial_weight adversarial_start matching_weight",
 }
 SHAPES = {  # settings that weights can only be used with
     "vae": "latent_channels block_out_channels layers_per_block norm_num_groups",

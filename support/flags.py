@@ -14,7 +14,7 @@ from support.errors import UserError, printable, usage_error
 from support.signals import command_line
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
-    "random_crop random_scale beta l1_weight ms_ssim_weight adversarial_weight adversarial_start matching_weight "
+    "random_crop random_scale beta l1_weight ms_ssim_weight lpips_weight adversarial_weight adversarial_start matching_weight "
     "finetune_decoder_of batch_size num_epochs init_from optimizer lr "
     "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every keep_last save_minutes compile"
 )

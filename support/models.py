@@ -119,6 +119,8 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
 
     given: settings that the user has named; a data set other than the VAE's must be among them.
     """
+    if flag == "--finetune_decoder_of":
+        checkpoint.check_idle(run_dir, flag)
     tag, manifest = checkpoint.newest_epoch_set(run_dir, "vae", flag)
     theirs = manifest["cfg"]
     for name in VAE_SETTINGS:

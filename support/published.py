@@ -1,11 +1,12 @@
-"""The measures of published papers, by networks that others have trained: FID and CLIP score.
+"""The measures of published papers, by networks that others have trained: FID, CLIP score, LPIPS.
 
-What it is not: it knows no runs; evaluate.py gives it pictures and prompts. Each load function finds and tries all that
+What it is not: it knows no runs; evaluate.py and train_vae.py give it pictures and prompts. Each load function finds and tries all that
 its measure needs, so that nothing turns out to be missing once the pictures are made.
 
 Papers:
   Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule (arXiv 1706.08500), Eq. 6: FID, by torch-fidelity
   Hessel et al. 2021, CLIPScore (2104.08718), Eq. 1, with the usual factor of 100 in place of 2.5
+  Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features (1801.03924): LPIPS, by the package of that name
 """
 
 import contextlib
@@ -50,6 +51,18 @@ def load_fid(weights, device):
         return {"value": calculate_metrics(fid=True, **how)[KEY_METRIC_FID], "pictures": [len(x) for x in sets]}
 
     return measure
+
+
+def load_lpips(side, device):
+    """-> distance(x_hat, x): LPIPS of pictures (B, 3, side, side) in [-1, 1], mean over the batch. The package downloads its
+    weights once."""
+    folder = torch.hub.get_dir()
+    with one_line(f"--lpips_weight: {folder}", "lpips", "put alexnet-owt-7be5be79.pth into its checkpoints/"):
+        import lpips
+
+        network = lpips.LPIPS(net="alex", verbose=False).to(device).eval().requires_grad_(False)
+        network(*torch.zeros(2, 1, 3, side, side, device=device))  # pictures may be too small
+    return lambda x_hat, x: network(x_hat, x).mean()
 
 
 def load_clip_score(source, device):

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 METHOD = ("vae", "unet", "text_encoder", "diffusion", "samplers", "training")  # knows no files and no processes
+ASIDES = ("adversarial", "similarity")  # of the method, for a second reading
 TRAINERS = ("train_vae", "train_unet")
 SCRIPTS = (*TRAINERS, "sample", "evaluate", "get_data")
 SOURCES = {  # module: its text
@@ -42,11 +43,11 @@ def test_nobody_imports_a_script():
     assert [(module, script) for module in TREES for script in imports(module) & set(SCRIPTS)] == []
 
 
-@pytest.mark.parametrize("module", METHOD)
+@pytest.mark.parametrize("module", (*METHOD, *ASIDES))
 def test_the_method_knows_no_files_and_no_processes(module):
     allowed = {"support.errors"} | ({"support.cuda_graph"} if module in ("diffusion", "training") else set())
     assert {name for name in imports(module) if name.startswith("support")} <= allowed
-    assert imports(module) - allowed <= {*METHOD, "config"}
+    assert imports(module) - allowed <= {*METHOD, *ASIDES, "config"}
 
 
 def test_settings_need_nothing_but_errors():

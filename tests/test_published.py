@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error
+from conftest import TINY, assert_one_line_error, flags, rows
 from PIL import Image
 
 import evaluate
@@ -363,3 +363,43 @@ def test_one_real_picture_is_too_few_for_fid(run, inception, run_here, monkeypat
     monkeypatch.setattr(evaluate, "paint_scenes", lambda *_: torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     monkeypatch.setattr(evaluate, "generate", lambda *_: pytest.fail("generated already"))
     assert_one_line_error(run_here(*QUICK, "--fid", inception, cwd=run), 1, "--fid", "one held-out picture")
+
+
+# ---- LPIPS ----
+
+
+class StandIn(torch.nn.Module):
+    """In place of lpips.LPIPS, whose weights cannot be had here: a distance (B, 1, 1, 1) with a parameter, as there."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((), 3.0))
+
+    def forward(self, x_hat, x):
+        if x.shape[-1] < 32:
+            raise RuntimeError("Output size is too small. Sides")
+        return self.weight * (x_hat - x).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+@pytest.fixture
+def lpips(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=StandIn))
+
+
+def test_lpips_is_added_to_the_loss(lpips, tmp_path, run_here):
+    """A distance of 3 x mean |x_hat - x| is l1_weight times 3, to rounding; and a refusal comes before training."""
+    losses = []
+    for run, words in {"l1": ["--l1_weight", 0.6], "lpips": ["--lpips_weight", 0.2]}.items():
+        command = ["--preset", "demo", "--run_dir", run, *flags(TINY), *words]
+        assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
+        losses.append([float(row["loss"]) for row in rows(tmp_path / run / "vae_train.csv")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    small = ["--preset", "demo", "--run_dir", "small", *flags(TINY | {"image_size": 16}), "--lpips_weight", 0.2]
+    assert_one_line_error(run_here("train_vae.py", *small, cwd=tmp_path), 1, "--lpips_weight", "too small")
+
+
+def test_lpips_that_is_not_there_is_one_line(monkeypatch, tmp_path, run_here):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    command = ["--preset", "demo", "--run_dir", "run", *flags(TINY), "--lpips_weight", 0.2]
+    assert_one_line_error(run_here("train_vae.py", *command, cwd=tmp_path), 1, "--lpips_weight", "pip install 'lpips'")
+    assert not list(tmp_path.glob("run/vae_*"))
