@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import fields, replace
 
-from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
+from config import FINETUNING_PRESETS, LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
 from samplers import SAMPLERS, choose_sampler
 from support.errors import UserError, printable, usage_error
 from support.signals import command_line
@@ -53,7 +53,7 @@ def positive_int(text):
 def parse_training_args(description, stage, argv=None):
     """Command line of a trainer -> (SDConfig, Namespace of the other flags). stage: "vae" or "unet".
 
-    Later wins: defaults, preset, the preset's VAE stage, flags. Exits with code 2 on a mistake.
+    Later wins: defaults, preset, the preset's VAE stage, its finetuning, flags. Exits with code 2 on a mistake.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
@@ -83,7 +83,9 @@ def parse_training_args(description, stage, argv=None):
 
 def preset_config(preset, stage, given=()):
     """A preset as a trainer sees it, with the settings that the user has given."""
-    return SDConfig(**(PRESETS[preset] | (VAE_PRESETS[preset] if stage == "vae" else {}) | dict(given)))
+    given, vae = dict(given), VAE_PRESETS[preset] if stage == "vae" else {}
+    sharper = FINETUNING_PRESETS.get(preset, {}) if stage == "vae" and given.get("finetune_decoder_of") else {}
+    return SDConfig(**(PRESETS[preset] | vae | sharper | given))
 
 
 def add_config_flags(parser, names, shown=None):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if "conftest" not in sys.modules:  # which may have named a copy of the project
     sys.path.insert(0, str(ROOT))
 
-from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, kind_of  # noqa: E402
+from config import FINETUNING_PRESETS, LARGEST, PRESETS, VAE_PRESETS, SDConfig, kind_of  # noqa: E402
 
 HEAD = """# Settings
 
@@ -38,6 +38,8 @@ def page():
     ]
     parts += ["| preset | both trainers | `train_vae.py` besides |", "|---|---|---|"]
     parts += [f"| `{name}` | {listed(PRESETS[name])} | {listed(VAE_PRESETS[name])} |" for name in PRESETS]
+    parts += ["", "With `--finetune_decoder_of`, `train_vae.py` takes besides:\n", "| preset | |", "|---|---|"]
+    parts += [f"| `{name}` | {listed(settings)} |" for name, settings in FINETUNING_PRESETS.items()]
     return "\n".join(parts) + "\n"
 
 

@@ -1,14 +1,14 @@
 """Promises of config.py: defaults once, rules that name the flag and the remedy, presets that state what differs."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import settings_page
 from conftest import ROOT
 
-from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig
+from config import FINETUNING_PRESETS, LARGEST, PRESETS, VAE_PRESETS, SDConfig
 from support.errors import UserError
 from support.flags import GUIDANCE
 
@@ -43,7 +43,9 @@ def test_the_coco_preset_is_the_recipe():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_states_only_what_differs(name):
     preset = SDConfig(**PRESETS[name])
-    for cfg, changes in ((SDConfig(), PRESETS[name]), (preset, VAE_PRESETS[name])):
+    vae = replace(preset, **VAE_PRESETS[name])
+    finetuning = FINETUNING_PRESETS.get(name, {})
+    for cfg, changes in ((SDConfig(), PRESETS[name]), (preset, VAE_PRESETS[name]), (vae, finetuning)):
         assert not [k for k, v in changes.items() if v == getattr(cfg, k)]
 
 

@@ -16,6 +16,11 @@ def test_flags_override_the_stage_which_overrides_the_preset():
     vae, unet = (parse_training_args("", stage, large)[0] for stage in ("vae", "unet"))
     assert (vae.lr_schedule, unet.lr_schedule) == ("constant", "cosine")
     assert vae.grad_accumulation > unet.grad_accumulation == 1
+    words = ["--preset", "best", "--run_dir", "b"]
+    new, sharper = (parse_training_args("", "vae", words + more)[0] for more in ([], ["--finetune_decoder_of", "a"]))
+    assert new.adversarial_weight == 0 < sharper.adversarial_weight
+    plain = [*words, "--finetune_decoder_of", "a", "--adversarial_weight", "0", "--matching_weight", "0"]
+    assert parse_training_args("", "vae", plain)[0].adversarial_weight == 0
 
 
 @pytest.mark.parametrize(
