@@ -49,7 +49,7 @@ def main():
     if not cfg.finetune_decoder_of:
         vae = AutoencoderKL(cfg)
     vae.decoder.requires_grad_(True)  # load_vae() froze the whole VAE; fine-tuning is for the decoder alone
-    vae.to(device, memory_format=devices.memory_format(device))
+    vae.to(device, memory_format=devices.memory_format(device, cfg.block_out_channels[0]))
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = training.make_optimizer([vae], cfg)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M trainable parameters")
@@ -119,7 +119,7 @@ def batch_gradients(autoencode, optimizer, autocast, cfg, world, count, x, eps):
     x, eps: this process's share of a batch of `count` pictures, and of the noise of their latents.
     """
     losses = torch.zeros(3, device=x.device)
-    x = x.contiguous(memory_format=devices.memory_format(x.device))
+    x = x.contiguous(memory_format=devices.memory_format(x.device, cfg.block_out_channels[0]))
     optimizer.zero_grad()
     for part, weight in world.micro_batches(count, cfg.grad_accumulation):
         with autocast():

@@ -114,7 +114,8 @@ def unet_steps(device):
     """Makers of one training step of preset coco, batch 32, all on the same weights and batch: (our_step, their_step)."""
     cfg = SDConfig(**PRESETS["coco"])
     autocast = devices.make_autocast(device, cfg.mixed_precision)
-    first, first_t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
+    first = randomize(UNetLatent(cfg)).to(device, memory_format=devices.memory_format(device))
+    first_t_ember = randomize(TimeEmbedding(cfg.time_dim)).to(device)
     weights = first.state_dict() | {f"time_embedding.{k}": v for k, v in first_t_ember.state_dict().items()}
     z, noise = (torch.randn(cfg.batch_size, *first.latent_shape, device=device) for _ in range(2))
     t = torch.randint(cfg.timesteps, (cfg.batch_size,), device=device)
@@ -167,7 +168,7 @@ def bench_unet(device, rounds):
     sides = {
         "ours": ours,
         "diffusers eager": their_step(False),
-        "diffusers tuned": their_step(True, layout=devices.memory_format(device)),
+        "diffusers tuned": their_step(True, layout=torch.channels_last),
         "diffusers tuned, usual layout": their_step(True),
     }
     return with_utilisation(summary(in_turns(sides, rounds, device)), ours, device)
@@ -180,7 +181,7 @@ def bench_compile(device, rounds):
         "ours": our_step(True),
         "ours, not compiled": our_step(),
         "diffusers eager": their_step(False),
-        "diffusers tuned and compiled": their_step(True, True, devices.memory_format(device)),
+        "diffusers tuned and compiled": their_step(True, True, torch.channels_last),
     }
     for side in ("ours", "diffusers tuned and compiled"):
         start = time.perf_counter()
@@ -193,13 +194,14 @@ def bench_vae(device, rounds):
     """One training step of preset coco at 128 px, batch 4: encode, draw, decode, loss, backward, Adam."""
     cfg = SDConfig(**(PRESETS["coco"] | VAE_PRESETS["coco"]))
     autocast, size = devices.make_autocast(device, cfg.mixed_precision), (4, 3, cfg.image_size, cfg.image_size)
-    ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=devices.memory_format(device)).train()
+    our_layout = devices.memory_format(device, cfg.block_out_channels[0])
+    ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=our_layout).train()
     weights, pixels = ours.state_dict(), torch.rand(size, device=device) * 2 - 1
     guard = training.FiniteGuard(device, SimpleNamespace(last_saved="nothing"))
     optimizer = training.make_optimizer([ours], cfg)
 
     def our_step():
-        x = pixels.contiguous(memory_format=devices.memory_format(device))
+        x = pixels.contiguous(memory_format=our_layout)
         with autocast():
             mu, log_var, x_hat = ours(x)
         loss, _, _ = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
@@ -211,7 +213,7 @@ def bench_vae(device, rounds):
     def their_side(tuned):
         vae = their_vae(cfg).to(device).train()
         vae.load_state_dict(weights)
-        layout = devices.memory_format(device) if tuned else torch.contiguous_format
+        layout = torch.channels_last if tuned else torch.contiguous_format
         vae = vae.to(memory_format=layout)
         adam = torch.optim.Adam(vae.parameters(), lr=cfg.lr, fused=True if tuned else None)
 
@@ -236,7 +238,8 @@ def bench_sample(device, rounds, steps=200):
     """The loop of sample.py without decoding, 4 pictures of preset coco, 200 steps."""
     cfg = SDConfig(**PRESETS["coco"])
     autocast = devices.make_autocast(device, cfg.mixed_precision)
-    ours, t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
+    ours = randomize(UNetLatent(cfg)).to(device, memory_format=devices.memory_format(device))
+    t_ember = randomize(TimeEmbedding(cfg.time_dim)).to(device)
     theirs = their_unet(cfg).to(device)
     theirs.load_state_dict(ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()})
     text_emb = torch.randn(4, cfg.text_length, cfg.text_dim, device=device)
