@@ -54,7 +54,7 @@ def main():
     if not cfg.finetune_decoder_of:
         vae = AutoencoderKL(cfg)
     vae.decoder.requires_grad_(True)  # load_vae() froze the whole VAE; fine-tuning is for the decoder alone
-    vae.to(device, memory_format=devices.memory_format(device))
+    vae.to(device, memory_format=devices.memory_format(device, cfg.block_out_channels[0]))
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = training.make_optimizer([vae], cfg)
     discriminator = adversarial.make_discriminator(cfg, optimizer, device)
@@ -136,7 +136,7 @@ def batch_gradients(autoencode, lpips, adversary, optimizer, autocast, cfg, worl
     """
     losses = torch.zeros(5 if adversary else 3, device=x.device)
     edges = torch.zeros(2, *adversary[2].shape, device=x.device) if pulled else None
-    x = x.contiguous(memory_format=devices.memory_format(x.device))
+    x = x.contiguous(memory_format=devices.memory_format(x.device, cfg.block_out_channels[0]))
     optimizer.zero_grad()
     for part, weight in world.micro_batches(count, cfg.grad_accumulation):
         with autocast():

@@ -27,7 +27,8 @@ def computes_in_bf16(device):
     """Whether the processor has bf16 arithmetic, rather than imitating it slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+    held_back = torch.backends.cpu.get_cpu_capability() == "AVX2"  # perhaps by ATEN_CPU_CAPABILITY
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and not held_back:
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
@@ -42,9 +43,16 @@ def processor(device):
     return " ".join([torch.backends.cpu.get_cpu_capability(), *names])
 
 
-def memory_format(device):
-    """The memory layout in which the VAE's convolutions are fastest."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+def memory_format(device, channels=None):
+    """The memory layout in which a model is fastest: docs/notebook.md, "Speed on a CPU".
+
+    channels: of a VAE's first level; None: of the U-Net, whose maps are small.
+    """
+    if device.type == "cpu" and not computes_in_bf16(device):
+        last = channels is None or channels < 64
+    else:
+        last = channels is not None and device.type != "mps"
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def make_autocast(device, mixed_precision):

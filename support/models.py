@@ -11,6 +11,7 @@ import torch
 
 from config import PRESETS
 from support import checkpoint
+from support.devices import memory_format
 from support.errors import UserError
 from support.files import Damaged
 from text_encoder import make_text_encoder
@@ -58,6 +59,7 @@ def load_models(run_dir, ema, device, vae_dir=None, epoch=None):
             raise UserError(f"{e}{retrained}") from None
         # leave requires_grad on: autocast then casts each weight once, not at each call
         models.append(module.to(device).eval())
+    models[1].to(memory_format=memory_format(device))
     if vae_dir:
         models[0] = load_other_decoder(vae_dir, cfg, models[0], device, run_dir)
     share = random_share(manifest["step"], cfg) if ema and not cfg.init_from else 0

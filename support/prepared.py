@@ -173,7 +173,7 @@ def append(f, kept, rows):
     sha256 = kept.sha256.copy()
     sha256.update(data)
     bad = {number: row for number, row in enumerate(rows, kept.done) if isinstance(row, str)}
-    return Rows(kept.done + len(rows), kept.bad | bad, sha256)
+    return Rows(kept.done + len(rows), kept.bad | bad if bad else kept.bad, sha256)
 
 
 def save(path, f, key, kept):

@@ -1,7 +1,8 @@
 """How fast the project is beside what people would otherwise use: diffusers' modules, a loader that decodes JPEGs.
 
   python tests/benchmark.py                 everything, in one run; minutes on two cores
-  python tests/benchmark.py unet sample     or of these: unet, compile, vae, sample, data, save, memory, growth
+  python tests/benchmark.py unet sample     or of these: unet, compile, vae, sample, data, save, memory, growth, start
+  python tests/benchmark.py demo --against DIR   the demo's three commands, of this checkout and of another, in turns
   python tests/benchmark.py --json FILE     the figures as JSON too
 
 Both sides do the same work with the same weights and take turns, so that a busy machine is busy for both; a ratio is
@@ -9,7 +10,9 @@ that of the medians. "eager" is diffusers as most would run it (fp32, Adam); "tu
 fused Adam and channels_last, and once more the usual layout where ours has that. On a GPU our steps are timed as they
 come: without the CUDA graph that the trainers record, and, but for `compile`, not compiled. Utilisation is the step's
 operations (torch's counter) over what a large matrix product reaches in the same precision in the same run. growth is
-time per picture at three sizes of a data set or of an order of pictures. What it is not: a test. Times depend on the
+time per picture at three sizes of a data set or of an order of pictures; start is how long one waits for the first step
+and the first picture. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before the command makes a newer CPU behave as one
+that has AVX2 alone. What it is not: a test. Times depend on the
 machine; nothing here fails.
 """
 
@@ -114,7 +117,8 @@ def unet_steps(device):
     """Makers of one training step of preset coco, batch 32, all on the same weights and batch: (our_step, their_step)."""
     cfg = SDConfig(**PRESETS["coco"])
     autocast = devices.make_autocast(device, cfg.mixed_precision)
-    first, first_t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
+    first = randomize(UNetLatent(cfg)).to(device, memory_format=devices.memory_format(device))
+    first_t_ember = randomize(TimeEmbedding(cfg.time_dim)).to(device)
     weights = first.state_dict() | {f"time_embedding.{k}": v for k, v in first_t_ember.state_dict().items()}
     z, noise = (torch.randn(cfg.batch_size, *first.latent_shape, device=device) for _ in range(2))
     t = torch.randint(cfg.timesteps, (cfg.batch_size,), device=device)
@@ -167,7 +171,7 @@ def bench_unet(device, rounds):
     sides = {
         "ours": ours,
         "diffusers eager": their_step(False),
-        "diffusers tuned": their_step(True, layout=devices.memory_format(device)),
+        "diffusers tuned": their_step(True, layout=torch.channels_last),
         "diffusers tuned, usual layout": their_step(True),
     }
     return with_utilisation(summary(in_turns(sides, rounds, device)), ours, device)
@@ -180,7 +184,7 @@ def bench_compile(device, rounds):
         "ours": our_step(True),
         "ours, not compiled": our_step(),
         "diffusers eager": their_step(False),
-        "diffusers tuned and compiled": their_step(True, True, devices.memory_format(device)),
+        "diffusers tuned and compiled": their_step(True, True, torch.channels_last),
     }
     for side in ("ours", "diffusers tuned and compiled"):
         start = time.perf_counter()
@@ -193,13 +197,14 @@ def bench_vae(device, rounds):
     """One training step of preset coco at 128 px, batch 4: encode, draw, decode, loss, backward, Adam."""
     cfg = SDConfig(**(PRESETS["coco"] | VAE_PRESETS["coco"]))
     autocast, size = devices.make_autocast(device, cfg.mixed_precision), (4, 3, cfg.image_size, cfg.image_size)
-    ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=devices.memory_format(device)).train()
+    our_layout = devices.memory_format(device, cfg.block_out_channels[0])
+    ours = randomize(AutoencoderKL(cfg)).to(device, memory_format=our_layout).train()
     weights, pixels = ours.state_dict(), torch.rand(size, device=device) * 2 - 1
     guard = training.FiniteGuard(device, SimpleNamespace(last_saved="nothing"))
     optimizer = training.make_optimizer([ours], cfg)
 
     def our_step():
-        x = pixels.contiguous(memory_format=devices.memory_format(device))
+        x = pixels.contiguous(memory_format=our_layout)
         with autocast():
             mu, log_var, x_hat = ours(x)
         loss, _, _ = vae_loss(x, mu.float(), log_var.float(), x_hat.float(), cfg.beta)
@@ -211,7 +216,7 @@ def bench_vae(device, rounds):
     def their_side(tuned):
         vae = their_vae(cfg).to(device).train()
         vae.load_state_dict(weights)
-        layout = devices.memory_format(device) if tuned else torch.contiguous_format
+        layout = torch.channels_last if tuned else torch.contiguous_format
         vae = vae.to(memory_format=layout)
         adam = torch.optim.Adam(vae.parameters(), lr=cfg.lr, fused=True if tuned else None)
 
@@ -236,7 +241,8 @@ def bench_sample(device, rounds, steps=200):
     """The loop of sample.py without decoding, 4 pictures of preset coco, 200 steps."""
     cfg = SDConfig(**PRESETS["coco"])
     autocast = devices.make_autocast(device, cfg.mixed_precision)
-    ours, t_ember = randomize(UNetLatent(cfg)).to(device), randomize(TimeEmbedding(cfg.time_dim)).to(device)
+    ours = randomize(UNetLatent(cfg)).to(device, memory_format=devices.memory_format(device))
+    t_ember = randomize(TimeEmbedding(cfg.time_dim)).to(device)
     theirs = their_unet(cfg).to(device)
     theirs.load_state_dict(ours.state_dict() | {f"time_embedding.{k}": v for k, v in t_ember.state_dict().items()})
     text_emb = torch.randn(4, cfg.text_length, cfg.text_dim, device=device)
@@ -521,6 +527,60 @@ def prepare_command(root, count, times):
     ]
 
 
+def seconds_until(command, made, cwd):
+    """Run a command until a file of this pattern is there, then kill it -> seconds."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not any(Path(cwd).glob(made)):
+            time.sleep(0.01)
+            if process.poll():
+                sys.exit(process.stderr.read())
+        seconds = time.perf_counter() - start
+        process.kill()
+    return seconds
+
+
+def bench_start(device, rounds):
+    """Preset demo, from the command to the first step, saved, and to the first picture; cold: nothing is prepared yet."""
+    times = {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for n in range(rounds):
+            for cache in ("cold", "warm"):
+                common = ["--preset", "demo", "--cache_dir", f"cache{n}", "--run_dir", f"{cache}{n}"]
+                for script, kind in (("train_vae.py", "vae"), ("train_unet.py", "unet")):
+                    words = [*common, "--save_minutes", "0"]
+                    seconds = seconds_until(python(script, *words), f"{cache}{n}/{kind}_set1_step1.json", folder)
+                    times.setdefault(f"{script}, first step, {cache}", []).append(seconds)
+                    timed_script(script, *common, "--max_steps", 1, "--sample_steps", 1, cwd=folder)
+            sampling = python("sample.py", "--run_dir", f"warm{n}", "--steps", 50, "--prompt", "a red house")
+            times.setdefault("sample.py, first picture", []).append(
+                seconds_until(sampling, f"warm{n}/samples/*.png", folder)
+            )
+    return {name: {"seconds": statistics.median(seconds), "n": rounds} for name, seconds in times.items()}
+
+
+def bench_demo(device, rounds, against):
+    """The demo's three commands by this checkout and by the one in `against`, a quarter of a second of each in turn."""
+    checkouts, totals, rows = {"ours": HERE.parent, "against": Path(against).resolve()}, {}, {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for script in ("train_vae.py", "train_unet.py", "sample.py"):
+            words = ["--prompt", "a red house"] if script == "sample.py" else ["--preset", "demo"]
+            commands = {}
+            for side, root in checkouts.items():
+                caches = [] if script == "sample.py" else ["--cache_dir", f"prepared_{side}"]
+                commands[side] = [sys.executable, str(root / script), "--run_dir", side, *caches, *words]
+            seconds = in_slices(commands, folder)
+            for side in checkouts:
+                rows[f"{script}, {side}"] = {"seconds": seconds[side]}
+                totals[side] = totals.get(side, 0) + seconds[side]
+    return rows | {f"together, {side}": {"seconds": seconds} for side, seconds in totals.items()}
+
+
+def kind_of_processor(device):
+    arithmetic = "bfloat16" if devices.computes_in_bf16(device) else "float32, for want of bfloat16"
+    return f"{devices.processor(device).split()[0] if device.type == 'cpu' else device.type}, trains in {arithmetic}"
+
+
 BENCHES = {
     "unet": bench_unet,
     "compile": bench_compile,
@@ -530,6 +590,8 @@ BENCHES = {
     "save": bench_save,
     "memory": bench_memory,
     "growth": bench_growth,
+    "start": bench_start,
+    "demo": bench_demo,
 }
 
 
@@ -538,20 +600,31 @@ def main():
     parser.add_argument("what", nargs="*", metavar=" | ".join(BENCHES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--against", metavar="DIR", help="demo: another checkout")
     args = parser.parse_args()
+    if "demo" in args.what and not args.against:
+        parser.error("demo needs --against DIR")
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"{min(unknown)}: is none of {', '.join(BENCHES)}")
     devices.use_large_pages()
     device = devices.pick_device()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
-    figures = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    figures = {
+        "machine": machine,
+        "kind": kind_of_processor(device),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
     print(", ".join(f"{k} {v}" for k, v in figures.items()))
-    for name in args.what or BENCHES:
-        figures[name] = BENCHES[name](device, args.rounds)
+    for name in args.what or [name for name in BENCHES if name != "demo"]:
+        more = {"against": args.against} if name == "demo" else {}
+        figures[name] = BENCHES[name](device, args.rounds, **more)
         print(f"{name}: {BENCHES[name].__doc__.splitlines()[0]}")
         for side, row in figures[name].items():
             if isinstance(row, int):
                 print(f"  {side} {row:,}")
+            if isinstance(row, dict) and "seconds" in row:
+                print(f"  {side:36s} {row['seconds']:7.1f} s")
             if isinstance(row, dict) and "median_s" in row:
                 low, high = row["quartiles"]
                 used = f", utilisation {100 * row['utilisation']:.0f} %" if "utilisation" in row else ""

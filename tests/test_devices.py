@@ -11,6 +11,7 @@ from support.devices import (
     gather_rows,
     make_autocast,
     maybe_compile,
+    memory_format,
     move_if_it_fits,
     pick_device,
     to_device,
@@ -117,6 +118,18 @@ def test_autocast_is_in_bf16_where_it_is_wanted(wanted, dtype, capsys):
     with make_autocast(CPU, wanted)():
         assert (a @ a).dtype == dtype
     assert ("bfloat16" if dtype == torch.bfloat16 else "float32") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind, device, narrow, wide, unet",
+    [("AVX2", CPU, True, False, True), ("AVX512", CPU, True, True, False), ("AVX2", CUDA, True, True, False)],
+)
+def test_each_kind_of_processor_has_the_layout_that_was_faster_there(kind, device, narrow, wide, unet, monkeypatch):
+    """A processor that is told to leave its bfloat16 unused counts as one that has none."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kind)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    found = [memory_format(device, 16), memory_format(device, 64), memory_format(device)]
+    assert [f == torch.channels_last for f in found] == [narrow, wide, unet]
 
 
 def test_the_device_is_one_that_works():

@@ -12,7 +12,15 @@ from diffusers import AutoencoderKL as TheirVAE
 
 from config import SDConfig, UserError
 from similarity import mean_ssim, ms_ssim, octave_energies
-from vae import AutoencoderKL, held_out_figures, pictures_per_pass, reparameterize, vae_loss
+from vae import (
+    AutoencoderKL,
+    Upsample,
+    convolve_repeated,
+    held_out_figures,
+    pictures_per_pass,
+    reparameterize,
+    vae_loss,
+)
 
 TOLERANCE = 1e-4
 
@@ -49,6 +57,31 @@ def test_a_vae_of_five_levels_equals_diffusers():
         mu = ours.encode(x)[0]
         assert mu.shape == (1, 16, 4, 4) and (mu - theirs.encode(x).latent_dist.mean).abs().max() <= TOLERANCE
         assert (ours.decoder(mu) - theirs.decode(mu).sample).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 6)])
+def test_a_convolution_of_repeated_pixels_needs_four_ninths_of_the_products(size):
+    """The same result and gradients as PyTorch's interpolation and convolution give, up to rounding."""
+    block, x = Upsample(6).double(), torch.randn(2, 6, *size, dtype=torch.double, requires_grad=True)
+    repeated = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    expected, found = block.conv(repeated), convolve_repeated(x, block.conv.weight, block.conv.bias)
+    torch.testing.assert_close(found, expected)
+    wanted = (x, *block.parameters())
+    for a, b in zip(*(torch.autograd.grad(y.pow(3).sum(), wanted) for y in (found, expected))):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_training_in_the_usual_layout_adds_weights_up_first():
+    """Elsewhere the bits stay those of PyTorch's own layers: in channels_last, and wherever pictures are decoded."""
+    block, x = Upsample(8), torch.randn(2, 8, 8, 8)
+    plain = block.conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    with torch.no_grad():
+        assert torch.equal(block(x), plain)
+    assert not torch.equal(block(x), plain)
+    block.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    repeated = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(block(x), block.conv(repeated))
 
 
 def test_vae_loss_is_the_papers():
