@@ -52,6 +52,7 @@ def main():
     torch.manual_seed(cfg.seed)
     unet, t_embedder = UNetLatent(cfg).to(device), TimeEmbedding(cfg.time_dim).to(device)
     ema = copy.deepcopy(unet).requires_grad_(False)
+    devices.checkpoint_blocks(unet, cfg.grad_checkpointing)
     weights, average = list(unet.parameters()), list(ema.parameters())
     parameters = [*weights, *t_embedder.parameters()]
     optimizer = training.make_optimizer([unet, t_embedder], cfg)

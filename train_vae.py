@@ -50,6 +50,7 @@ def main():
         vae = AutoencoderKL(cfg)
     vae.decoder.requires_grad_(True)  # load_vae() froze the whole VAE; fine-tuning is for the decoder alone
     vae.to(device, memory_format=devices.memory_format(device))
+    devices.checkpoint_blocks(vae, cfg.grad_checkpointing)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = training.make_optimizer([vae], cfg)
     print(f"VAE: {sum(p.numel() for p in parameters) / 1e6:.2f}M trainable parameters")

@@ -15,7 +15,8 @@ from support.signals import command_line
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
     "random_crop random_scale beta l1_weight ms_ssim_weight finetune_decoder_of batch_size num_epochs init_from optimizer lr "
-    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every keep_last save_minutes compile"
+    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation "
+    "grad_checkpointing save_every keep_last save_minutes compile"
 )
 PRESET_HELP = (
     "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "

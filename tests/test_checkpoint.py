@@ -465,6 +465,14 @@ def test_a_batch_may_be_computed_in_parts_from_the_middle_of_a_run_on(stopped_ru
         assert bits(cwd / "run").keys() == expected.keys()
 
 
+def test_checkpointed_blocks_give_the_same_bits_from_the_middle_of_a_run_on(stopped_run, fork):
+    for kind in KINDS:
+        cwd, expected = stopped_run(kind, kind)
+        result = fork(*command(kind, SMALL | {"grad_checkpointing": True}), cwd=cwd).wait()
+        assert result.returncode == 0 and "resumed after step 2" in result.stdout, result.stderr
+        assert bits(cwd / "run") == expected
+
+
 def pictures_of_mine(folder):
     """Twenty pictures and captions of a user's own -> the settings of a run on them."""
     (folder / "mine/images").mkdir(parents=True)
