@@ -34,7 +34,7 @@ import scenes
 from support import folders, pictures
 from support.checkpoint import newest_epoch_set
 from support.devices import to_device
-from support.errors import UserError, printable
+from support.errors import UserError, printable, warn
 from support.files import Damaged
 from support.folders import Folder, clean_caption, first_few, leads_out, read_text, refusal
 from support.pictures import read_rgb
@@ -194,9 +194,8 @@ def folder_records(cfg):
     print(found.summary())
     for what, where in found.odd.items():
         if where:
-            mild = what in (folders.HIDDEN, folders.EMPTY)
-            where = f"{cfg.data_root}: {len(where)} {what} ({first_few(where)})"
-            print(where if mild else f"warning: {where}", file=sys.stdout if mild else sys.stderr)
+            tell = print if what in (folders.HIDDEN, folders.EMPTY) else warn
+            tell(f"{cfg.data_root}: {len(where)} {what} ({first_few(where)})")
     return by_hash(found.captions, cfg.data_root), found.allowed
 
 
@@ -340,7 +339,7 @@ def warn_of_dark(names, pixels):
         if what == pictures.NEARLY_BLACK
     ]
     if ranges:
-        print(f"warning: {len(ranges)} {pictures.NEARLY_BLACK} ({first_few(ranges)})", file=sys.stderr)
+        warn(f"{len(ranges)} {pictures.NEARLY_BLACK} ({first_few(ranges)})")
 
 
 def most_workers(count):
@@ -364,7 +363,7 @@ def read_pictures_of(run_dir, cfg, data_root, start_progress):
         found += read_pictures(dataset, cfg, start_progress(f"read {what} pictures"))
     if fingerprint(*found) != newest_epoch_set(run_dir, "unet")[1].get("data"):
         what = f"its pictures or captions are not those that the run in {run_dir} was trained on"
-        print(f"warning: --data_root {cfg.data_root}: {what}; restore them, or say where they are", file=sys.stderr)
+        warn(f"--data_root {cfg.data_root}: {what}; restore them, or say where they are")
     return found
 
 

@@ -3,8 +3,8 @@
   python evaluate.py                                    the newest of runs/<preset>
   python evaluate.py --run_dir runs/demo --ema --num_prompts 1024 --steps 50
 
-Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema:
-evaluation_ema...) to the run directory:
+Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema
+evaluation_ema..., with --epoch 5 evaluation_epoch5...) to the run directory:
   VAE          MSE and PSNR of held-out pictures; mean and standard deviation of their latents
   loss         of held-out pictures, divided by the least that Gaussian latents allow: with the covariance of training
                (wiener; 1 is as good as the best linear denoiser), and with its mean variance alone (white)
@@ -102,7 +102,8 @@ def main():
     }
     results["distances"] = distances(judge, pictures, real, device)
     results["channel_means"] = channel_means(z, held_out_latents, latents)
-    stem = os.path.join(run_dir, "evaluation_ema" if args.ema else "evaluation")
+    suffix = ("_ema" if args.ema else "") + (f"_epoch{args.epoch}" if args.epoch else "")
+    stem = os.path.join(run_dir, f"evaluation{suffix}")
     results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{stem}_nearest.png")
     if cfg.dataset == "scenes":
         results["prompts"] = prompt_accuracy(judge, pictures, real, seen, device)

@@ -31,8 +31,7 @@ def main():
     cfg, args = flags.parse_training_args(__doc__, "vae")
     devices.use_large_pages()
     world = processes.join_world()
-    device = world.device
-    run = checkpoint.Run(args, "vae", cfg, world)
+    device, run = world.device, checkpoint.Run(args, "vae", cfg, world)
     if cfg.finetune_decoder_of:
         found = models.load_vae(cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of", args.given)
         vae, run.about["made_from"] = found
@@ -105,8 +104,8 @@ def main():
 
 def read_data(cfg, run):
     """-> training pictures (N, 3, S, S), S = image_size + random_crop, and held-out ones of image_size; uint8."""
-    train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
     with run.world.rank0_first():
+        train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
         pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
         held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
     run.about["data"] = data.fingerprint(pixels, [len(pixels), len(held_out)], held_out)

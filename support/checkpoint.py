@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import zipfile
 from dataclasses import asdict, fields, replace
@@ -27,7 +26,7 @@ import torch
 
 from config import SDConfig
 from support.devices import processor
-from support.errors import UserError, printable
+from support.errors import UserError, printable, warn
 from support.files import Damaged, entry_of, read_file, remove, write_file
 from support.show import append_csv
 from support.signals import Interrupts
@@ -291,7 +290,7 @@ class Run:
             raise UserError(f"--init_from {self.cfg.init_from}: of another model ({'; '.join(other)}); give the same")
         if self.kind == "unet" and self.about["made_from"] != manifest.get("made_from"):
             what = "has learned the latents of another VAE; copy its vae_* files for a better start"
-            print(f"warning: --init_from {self.cfg.init_from}: {what}", file=sys.stderr)
+            warn(f"--init_from {self.cfg.init_from}: {what}")
         # the average starts from the trained weights: its own may hold much of random ones
         names = [f"{prefix.removeprefix('ema_')}{tag}.pth" for prefix in PREFIXES[self.kind]]
         return [(os.path.join(self.cfg.init_from, name), manifest["files"][name]) for name in names]
@@ -399,7 +398,7 @@ class Run:
                 damaged.append((tag, e))
                 continue
             for bad, why in damaged:
-                print(f"warning: {why}; put aside as *.damaged, going on from {self.last_saved}", file=sys.stderr)
+                warn(f"{why}; put aside as *.damaged, going on from {self.last_saved}")
                 self.put_aside(bad)
             print(f"resumed after step {state.step}")
             return state
@@ -450,7 +449,7 @@ class Run:
         self.last_saved = manifest_path(self.dir, self.kind, tag)
         for name, value in self.about["machine"].items():
             if (then := manifest["machine"].get(name)) != value:
-                print(f"warning: no longer exact to the bit: {name} was {then}, now {value}", file=sys.stderr)
+                warn(f"no longer exact to the bit: {name} was {then}, now {value}")
         state.window = state.window.to(start.window.device)
         return state
 

@@ -96,6 +96,13 @@ def make_output_safe():
             stream.reconfigure(errors="backslashreplace")
 
 
+def warn(text):
+    """One line on stderr; of several processes rank 0 alone speaks."""
+    group = process_group()
+    if not (group and group.get_rank()):
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def process_group():
     """torch.distributed, where torchrun has started this process among others; else None."""
     group = getattr(sys.modules.get("torch"), "distributed", None)

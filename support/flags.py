@@ -5,12 +5,11 @@ What it is not: it holds no defaults of the training; those are in config.py.
 
 import argparse
 import os
-import sys
 from dataclasses import fields, replace
 
 from config import LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
 from samplers import SAMPLERS, choose_sampler
-from support.errors import UserError, printable, usage_error
+from support.errors import UserError, printable, usage_error, warn
 from support.signals import command_line
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
@@ -162,7 +161,7 @@ def warn_of_lost_quotes(flag, prompts, known):
     words = [printable(prompt) for prompt in prompts if len(prompt.split()) == 1]
     if len(words) > 1 and " " in f"{known}":
         what = f"{len(words)} prompts are single words; if they are one, put it in quotes"
-        print(f"warning: {flag}: {what}: {command_line(flag, ' '.join(words))}", file=sys.stderr)
+        warn(f"{flag}: {what}: {command_line(flag, ' '.join(words))}")
 
 
 def add_sampling_flags(parser):
@@ -194,7 +193,6 @@ def sampling_options(args, cfg):
     except ValueError as e:
         usage_error(f"--sampler: {e}")
     if scale != 1 and not cfg.caption_dropout:
-        nothing = "the run was trained without --caption_dropout; guidance has nothing to compare with"
-        print(f"warning: {nothing}", file=sys.stderr)
+        warn("the run was trained without --caption_dropout; guidance has nothing to compare with")
     options = {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": scale}
     return options | {"negative_prompt": args.negative_prompt} | guidance

@@ -513,6 +513,23 @@ def test_a_vae_trained_again_is_refused(stopped_run, fork):
     assert_one_line_error(fork(*command("unet"), cwd=cwd).wait(), 1, "the VAE is another", "--overwrite")
 
 
+def test_a_unet_goes_on_with_the_vae_that_it_began_with_though_that_has_been_trained_further(tmp_path, fork):
+    assert fork(*command("vae", SMALL), "--max_steps", STEPS_PER_EPOCH, cwd=tmp_path).wait().returncode == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "apart/run")
+    assert fork(*command("unet"), cwd=tmp_path / "apart").wait().returncode == 0
+    at_two = {"signal_at_step": (signal.SIGINT, 2)}
+    assert fork(*command("unet"), cwd=tmp_path, inject=at_two).wait().returncode == 130
+    assert fork(*command("vae"), cwd=tmp_path).wait().returncode == 0
+    again = fork(*command("unet"), cwd=tmp_path).wait()
+    assert again.returncode == 0, again.stderr
+    assert "goes on with its own VAE, of epoch 1; --overwrite starts over with that of 2" in again.stdout
+    assert (
+        bits(tmp_path / "run").items() >= {k: v for k, v in bits(tmp_path / "apart/run").items() if "unet" in k}.items()
+    )
+    anew = fork(*command("unet"), "--overwrite", cwd=tmp_path).wait()
+    assert "its own VAE" not in anew.stdout and "VAE: run/vae_ckpt_epoch2.pth" in anew.stdout
+
+
 @pytest.mark.parametrize("what, was", [("threads", 99), ("processor", "another"), ("torch", "1.0")])
 def test_another_machine_is_warned_of(stopped_run, fork, what, was):
     cwd, _ = stopped_run("vae")
