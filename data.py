@@ -268,6 +268,12 @@ def read_captions(path):
     return captions, +odd
 
 
+def read_dataset(cfg, margin=0):
+    """-> training pictures, their captions, held-out pictures, theirs: read_pictures() of both sets of open_dataset()."""
+    sets = zip(open_dataset(cfg, margin), ("training", "held-out"))
+    return [x for part, what in sets for x in read_pictures(part, cfg, progress_bar(f"read {what} pictures"))]
+
+
 def read_pictures(dataset, cfg, start_progress):
     """Read a whole set in parallel -> (uint8 (N, 3, S, S), captions: N lists of strings).
 
@@ -349,7 +355,7 @@ def most_workers(count):
     return min(there, limit, math.ceil(count / READ_TOGETHER))
 
 
-def read_pictures_of(run_dir, cfg, data_root, start_progress):
+def read_pictures_of(run_dir, cfg, data_root):
     """What a finished run was trained on -> pixels, captions, held-out pixels, held-out captions.
 
     data_root: where the data is now, if it has moved, else None. Only warns if the pictures or captions are others:
@@ -358,9 +364,7 @@ def read_pictures_of(run_dir, cfg, data_root, start_progress):
     if data_root is not None and cfg.dataset == "scenes":
         raise UserError(f"--data_root {data_root}: the run was trained on painted scenes, not on files; leave it out")
     cfg = cfg if data_root is None else replace(cfg, data_root=data_root)
-    found = []
-    for dataset, what in zip(open_dataset(cfg), ("training", "held-out")):
-        found += read_pictures(dataset, cfg, start_progress(f"read {what} pictures"))
+    found = read_dataset(cfg)
     if fingerprint(*found) != newest_epoch_set(run_dir, "unet")[1].get("data"):
         what = f"its pictures or captions are not those that the run in {run_dir} was trained on"
         warn(f"--data_root {cfg.data_root}: {what}; restore them, or say where they are")

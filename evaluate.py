@@ -65,7 +65,7 @@ def main():
     measures = {name: make(source, device) for name, make, source in sources if source is not None}
 
     # ---- Data ----
-    train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
+    train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root)
     if len(train) < 2:
         raise errors.UserError(f"--run_dir {run_dir}: trained on one picture, which has no variance; train on more")
     some = train[: max(2, LATENT_NUMBERS // math.prod(unet.latent_shape) // (2 if cfg.horizontal_flips else 1))]

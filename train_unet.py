@@ -117,9 +117,7 @@ def read_data(cfg, run, vae, text_encoder):
     device = run.world.device
     encode = partial(encoded.encode_pictures, vae, about=run.about, device=device, cfg=cfg)
     with run.world.rank0_first():
-        train_set, held_out_set = data.open_dataset(cfg)
-        pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
-        held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
+        pixels, captions, held_out, held_out_captions = data.read_dataset(cfg)
         run.about["data"] = data.fingerprint(pixels, captions, held_out, held_out_captions)
         run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
         flags.warn_of_lost_quotes("--sample_prompts", cfg.sample_prompts, run.about["caption"])

@@ -105,9 +105,7 @@ def main():
 def read_data(cfg, run):
     """-> training pictures (N, 3, S, S), S = image_size + random_crop, and held-out ones of image_size; uint8."""
     with run.world.rank0_first():
-        train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
-        pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
-        held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
+        pixels, captions, held_out, held_out_captions = data.read_dataset(cfg, cfg.random_crop)
     run.about["data"] = data.fingerprint(pixels, [len(pixels), len(held_out)], held_out)
     run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
     return devices.move_if_it_fits(pixels, run.world.device), held_out

@@ -3,7 +3,6 @@
 What it is not: it trains nothing, and it does not choose a text encoder.
 """
 
-import contextlib
 import os
 
 import torch
@@ -24,7 +23,7 @@ def newest_run():
     """The default run directory, runs/<preset>, in which train_unet.py saved an epoch last."""
     saved = {}
     for run_dir in (os.path.join("runs", preset) for preset in PRESETS):
-        for tag in [tag for tag in checkpoint.sets_of(run_dir, "unet") if "_" not in tag][:1]:
+        for tag in checkpoint.epochs_of(run_dir, "unet")[:1]:
             saved[os.path.getmtime(checkpoint.manifest_path(run_dir, "unet", tag))] = run_dir
     if not saved:
         raise UserError("--run_dir: no trained U-Net in runs/; run python train_vae.py and python train_unet.py")
@@ -106,10 +105,7 @@ def load_text_encoder(run_dir, cfg, source, device, epoch=None):
 
 def begun(run_dir, overwrite):
     """The newest manifest of the run's U-Net, if it goes on: it keeps the text encoder and the VAE that it began with."""
-    for tag in [] if overwrite else checkpoint.sets_of(run_dir, "unet"):
-        with contextlib.suppress(Damaged):  # resuming deals with it, and says so
-            return checkpoint.read_manifest(run_dir, "unet", tag)
-    return {}
+    return {} if overwrite else next(iter(checkpoint.readable(run_dir, "unet").values()), {})
 
 
 def training_text_encoder(cfg, run_dir, overwrite, device):
@@ -120,9 +116,8 @@ def training_text_encoder(cfg, run_dir, overwrite, device):
 
 def training_vae(cfg, args, device):
     """As load_vae(), for a U-Net to train on. Once that has taken a step, the VAE that it began with, if it is there."""
-    unet, tags = begun(args.run_dir, args.overwrite), checkpoint.sets_of(args.run_dir, "vae")
+    unet, epochs = begun(args.run_dir, args.overwrite), checkpoint.epochs_of(args.run_dir, "vae")
     made_from = unet.get("made_from", ()) if unet.get("step") else ()
-    epochs = [int(tag) for tag in tags if "_" not in tag]
     own = next((epoch for epoch in epochs if f"vae_ckpt_epoch{epoch}.pth" in made_from), None)
     if own and own != epochs[0]:
         print(f"the U-Net goes on with its own VAE, of epoch {own}; --overwrite starts over with that of {epochs[0]}")
@@ -154,8 +149,7 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",), epoch=N
     if theirs.held_out_combinations != cfg.held_out_combinations:
         warn("the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it")
     file = f"vae_ckpt_epoch{tag}.pth"
-    vae = AutoencoderKL(cfg)
-    checkpoint.load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
+    vae = load_model(os.path.join(run_dir, file), manifest["files"][file], AutoencoderKL, cfg)
     early = "" if manifest["finished"] else f": epoch {tag} of {theirs.num_epochs}, where its training was stopped"
     print(f"VAE: {os.path.join(run_dir, file)}{early}")
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}
