@@ -339,11 +339,12 @@ class Run:
             return
         os.makedirs(self.dir, exist_ok=True)
         self.lock = open(self.path(".lock"), "a+")
-        if not lock(self.lock):
-            self.lock.seek(0)
-            other = printable(self.lock.read(100)) or "another process"
-            raise UserError(f"--run_dir {self.dir}: in use by {other}; wait for it, stop it, or give another --run_dir")
         try:
+            if not lock(self.lock):
+                self.lock.seek(0)
+                other = printable(self.lock.read(100)) or "another process"
+                what = f"in use by {other}; wait for it, stop it, or give another --run_dir"
+                raise UserError(f"--run_dir {self.dir}: {what}")
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
             self.lock.flush()
