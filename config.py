@@ -103,6 +103,9 @@ class SDConfig:
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", 0, 1)
     ema_warmup: bool = setting(False, "start the average with a short memory: decay at most (1 + step) / (10 + step)")
     grad_accumulation: int = setting(1, "parts a batch is computed in, where memory is short", 1, free=True)
+    grad_checkpointing: bool = setting(
+        False, "keep of each block its input, compute the rest anew backwards: less memory, more time", free=True
+    )
     compile: bool | None = setting(None, "torch.compile the model; auto = on CUDA in runs that gain by it", free=True)
     mixed_precision: str = setting("auto", "auto: bf16 where the processor has it", choices=("auto", "no", "bf16"))
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)

@@ -34,7 +34,7 @@ import scenes
 from support import folders, pictures
 from support.checkpoint import newest_epoch_set
 from support.devices import to_device
-from support.errors import UserError, printable
+from support.errors import UserError, printable, warn
 from support.files import Damaged
 from support.folders import Folder, clean_caption, first_few, leads_out, read_text, refusal
 from support.pictures import read_rgb
@@ -194,9 +194,8 @@ def folder_records(cfg):
     print(found.summary())
     for what, where in found.odd.items():
         if where:
-            mild = what in (folders.HIDDEN, folders.EMPTY)
-            where = f"{cfg.data_root}: {len(where)} {what} ({first_few(where)})"
-            print(where if mild else f"warning: {where}", file=sys.stdout if mild else sys.stderr)
+            tell = print if what in (folders.HIDDEN, folders.EMPTY) else warn
+            tell(f"{cfg.data_root}: {len(where)} {what} ({first_few(where)})")
     return by_hash(found.captions, cfg.data_root), found.allowed
 
 
@@ -267,6 +266,12 @@ def read_captions(path):
         raise Damaged(f"{path}: no picture in it has a caption; {remedy}")
     odd["pictures without a caption"] = sum(not several for several in captions.values())
     return captions, +odd
+
+
+def read_dataset(cfg, margin=0):
+    """-> training pictures, their captions, held-out pictures, theirs: read_pictures() of both sets of open_dataset()."""
+    sets = zip(open_dataset(cfg, margin), ("training", "held-out"))
+    return [x for part, what in sets for x in read_pictures(part, cfg, progress_bar(f"read {what} pictures"))]
 
 
 def read_pictures(dataset, cfg, start_progress):
@@ -340,7 +345,7 @@ def warn_of_dark(names, pixels):
         if what == pictures.NEARLY_BLACK
     ]
     if ranges:
-        print(f"warning: {len(ranges)} {pictures.NEARLY_BLACK} ({first_few(ranges)})", file=sys.stderr)
+        warn(f"{len(ranges)} {pictures.NEARLY_BLACK} ({first_few(ranges)})")
 
 
 def most_workers(count):
@@ -350,7 +355,7 @@ def most_workers(count):
     return min(there, limit, math.ceil(count / READ_TOGETHER))
 
 
-def read_pictures_of(run_dir, cfg, data_root, start_progress):
+def read_pictures_of(run_dir, cfg, data_root):
     """What a finished run was trained on -> pixels, captions, held-out pixels, held-out captions.
 
     data_root: where the data is now, if it has moved, else None. Only warns if the pictures or captions are others:
@@ -359,12 +364,10 @@ def read_pictures_of(run_dir, cfg, data_root, start_progress):
     if data_root is not None and cfg.dataset == "scenes":
         raise UserError(f"--data_root {data_root}: the run was trained on painted scenes, not on files; leave it out")
     cfg = cfg if data_root is None else replace(cfg, data_root=data_root)
-    found = []
-    for dataset, what in zip(open_dataset(cfg), ("training", "held-out")):
-        found += read_pictures(dataset, cfg, start_progress(f"read {what} pictures"))
+    found = read_dataset(cfg)
     if fingerprint(*found) != newest_epoch_set(run_dir, "unet")[1].get("data"):
         what = f"its pictures or captions are not those that the run in {run_dir} was trained on"
-        print(f"warning: --data_root {cfg.data_root}: {what}; restore them, or say where they are", file=sys.stderr)
+        warn(f"--data_root {cfg.data_root}: {what}; restore them, or say where they are")
     return found
 
 

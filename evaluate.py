@@ -3,8 +3,8 @@
   python evaluate.py                                    the newest of runs/<preset>
   python evaluate.py --run_dir runs/demo --ema --num_prompts 1024 --steps 50
 
-Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema:
-evaluation_ema...) to the run directory:
+Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema
+evaluation_ema..., with --epoch 5 evaluation_epoch5..., with --vae evaluation_vae...) to the run directory:
   VAE          MSE, PSNR and SSIM of held-out pictures, and how much of their energy survives, by octave of frequency;
                how far reconstructions are from pictures in the features of a judge; mean and standard deviation of latents
   loss         of held-out pictures, divided by the least that Gaussian latents allow: with the covariance of training
@@ -66,7 +66,7 @@ def main():
     measures = {name: make(source, device) for name, make, source in sources if source is not None}
 
     # ---- Data ----
-    train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root, show.progress_bar)
+    train, train_captions, held_out, captions = data.read_pictures_of(run_dir, cfg, args.data_root)
     if len(train) < 2:
         raise errors.UserError(f"--run_dir {run_dir}: trained on one picture, which has no variance; train on more")
     some = train[: max(2, LATENT_NUMBERS // math.prod(unet.latent_shape) // (2 if cfg.horizontal_flips else 1))]
@@ -106,7 +106,8 @@ def main():
     }
     results["distances"] = distances(judge, pictures, real, device)
     results["channel_means"] = channel_means(z, held_out_latents, latents)
-    stem = os.path.join(run_dir, f"evaluation{'_ema' if args.ema else ''}{'_vae' if args.vae else ''}")
+    suffix = ("_ema" if args.ema else "") + (f"_epoch{args.epoch}" if args.epoch else "") + ("_vae" if args.vae else "")
+    stem = os.path.join(run_dir, f"evaluation{suffix}")
     results["memorisation"] = memorisation(pictures, held_out, train, cfg, f"{stem}_nearest.png")
     if cfg.dataset == "scenes":
         results["prompts"] = prompt_accuracy(judge, pictures, real, seen, device)

@@ -12,7 +12,6 @@ every setting in config.py.
 """
 
 import copy
-import sys
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ import diffusion
 import training
 from support import checkpoint, devices, encoded, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
-from support.errors import run_script
+from support.errors import run_script, warn
 from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
@@ -35,9 +34,8 @@ def main():
     cfg, args = flags.parse_training_args(__doc__, "unet")
     devices.use_large_pages()
     world = processes.join_world()
-    device = world.device
-    run = checkpoint.Run(args, "unet", cfg, world)
-    vae, run.about["made_from"] = models.load_vae(cfg, args.run_dir, device, given=args.given)
+    device, run = world.device, checkpoint.Run(args, "unet", cfg, world)
+    vae, run.about["made_from"] = models.training_vae(cfg, args, device)
     if run.finished():
         return
     run.open()
@@ -53,6 +51,7 @@ def main():
     unet, t_embedder = UNetLatent(cfg), TimeEmbedding(cfg.time_dim).to(device)
     unet.to(device, memory_format=devices.memory_format(device))
     ema = copy.deepcopy(unet).requires_grad_(False)
+    devices.checkpoint_blocks(unet, cfg.grad_checkpointing)
     weights, average = list(unet.parameters()), list(ema.parameters())
     parameters = [*weights, *t_embedder.parameters()]
     optimizer = training.make_optimizer([unet, t_embedder], cfg)
@@ -116,12 +115,10 @@ def main():
 def read_data(cfg, run, vae, text_encoder):
     """-> latents of the training pictures, for pick_latents(); first_rows, for data.choose_captions(); embed(), from
     caption numbers to embeddings; latents and captions of the held-out pictures."""
-    train_set, held_out_set = data.open_dataset(cfg)
     device = run.world.device
     encode = partial(encoded.encode_pictures, vae, about=run.about, device=device, cfg=cfg)
     with run.world.rank0_first():
-        pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
-        held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
+        pixels, captions, held_out, held_out_captions = data.read_dataset(cfg)
         run.about["data"] = data.fingerprint(pixels, captions, held_out, held_out_captions)
         run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
         flags.warn_of_lost_quotes("--sample_prompts", cfg.sample_prompts, run.about["caption"])
@@ -201,10 +198,9 @@ def warn_if_captions_are_ignored(figures, cfg):
         return
     remedies = [f"--lr {10 * cfg.lr:.0e} with --lr_warmup_steps 200"] if cfg.lr < 5e-4 else []
     remedies += ["--prediction_type flow"] if cfg.prediction_type != "flow" else []
-    print(
-        f"warning: the U-Net seems to ignore captions: another picture's changes the loss by {gap:+.2%}, standard "
-        f"error {error:.2%}; what helps: {', '.join([*remedies, 'more epochs, captions that fit their pictures'])}",
-        file=sys.stderr,
+    warn(
+        f"the U-Net seems to ignore captions: another picture's changes the loss by {gap:+.2%}, standard error "
+        f"{error:.2%}; what helps: {', '.join([*remedies, 'more epochs, captions that fit their pictures'])}"
     )
 
 

@@ -34,8 +34,7 @@ def main():
     cfg, args = flags.parse_training_args(__doc__, "vae")
     devices.use_large_pages()
     world = processes.join_world()
-    device = world.device
-    run = checkpoint.Run(args, "vae", cfg, world)
+    device, run = world.device, checkpoint.Run(args, "vae", cfg, world)
     if cfg.finetune_decoder_of:
         found = models.load_vae(cfg, cfg.finetune_decoder_of, device, "--finetune_decoder_of", args.given)
         vae, run.about["made_from"] = found
@@ -55,6 +54,7 @@ def main():
         vae = AutoencoderKL(cfg)
     vae.decoder.requires_grad_(True)  # load_vae() froze the whole VAE; fine-tuning is for the decoder alone
     vae.to(device, memory_format=devices.memory_format(device, cfg.block_out_channels[0]))
+    devices.checkpoint_blocks(vae, cfg.grad_checkpointing)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = training.make_optimizer([vae], cfg)
     discriminator = adversarial.make_discriminator(cfg, optimizer, device)
@@ -113,10 +113,8 @@ def main():
 
 def read_data(cfg, run):
     """-> training pictures (N, 3, S, S), S = image_size + random_crop, and held-out ones of image_size; uint8."""
-    train_set, held_out_set = data.open_dataset(cfg, cfg.random_crop)
     with run.world.rank0_first():
-        pixels, captions = data.read_pictures(train_set, cfg, show.progress_bar("read training pictures"))
-        held_out, held_out_captions = data.read_pictures(held_out_set, cfg, show.progress_bar("read held-out pictures"))
+        pixels, captions, held_out, held_out_captions = data.read_dataset(cfg, cfg.random_crop)
     run.about["data"] = data.fingerprint(pixels, [len(pixels), len(held_out)], held_out)
     run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
     return devices.move_if_it_fits(pixels, run.world.device), held_out

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import zipfile
 from dataclasses import asdict, fields, replace
@@ -27,16 +26,11 @@ import torch
 
 from config import SDConfig
 from support.devices import processor
-from support.errors import UserError, printable
-from support.files import Damaged, entry_of, read_file, remove, write_file
+from support.errors import UserError, printable, warn
+from support.files import Damaged, entry_of, lock, read_file, remove, write_file
 from support.show import append_csv
 from support.signals import Interrupts
 from training import State, lr_at
-
-try:
-    import fcntl
-except ImportError:  # Windows: two trainings in one directory are not noticed there
-    fcntl = None
 
 FORMAT = 1  # of manifest and state; a change that older code would misread raises it
 PLAN = ("num_epochs", "max_steps")  # may change while a run goes on, and when it is finished
@@ -172,6 +166,11 @@ def sets_of(run_dir, kind):
     return [n.removeprefix(f"{kind}_set").removesuffix(".json") for n in sorted(age, key=age.get, reverse=True)]
 
 
+def epochs_of(run_dir, kind):
+    """Tags of its sets of whole epochs, newest first."""
+    return [tag for tag in sets_of(run_dir, kind) if "_" not in tag]
+
+
 def manifest_path(run_dir, kind, tag):
     return os.path.join(run_dir, f"{kind}_set{tag}.json")
 
@@ -203,6 +202,15 @@ def read_manifest(run_dir, kind, tag):
     raise Damaged(f"{path}: not the manifest that was saved; restore it")
 
 
+def readable(run_dir, kind):
+    """-> {tag: manifest} of the sets that can be read, newest first."""
+    found = {}
+    for tag in sets_of(run_dir, kind):
+        with contextlib.suppress(UserError):
+            found[tag] = read_manifest(run_dir, kind, tag)
+    return found
+
+
 def settings_to_config(settings, path):
     """The SDConfig of a manifest's settings, those of older code too where sampling does not depend on them."""
     for name in READ_BY_SAMPLING:
@@ -217,8 +225,7 @@ def settings_to_config(settings, path):
 
 def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
     """Tag and manifest of the newest set of a whole epoch, or of that epoch's. flag: the one that named run_dir."""
-    found = sets_of(run_dir, kind)
-    tags = [tag for tag in found if "_" not in tag]
+    found, tags = sets_of(run_dir, kind), epochs_of(run_dir, kind)
     if not tags:
         remedy = f"run python train_{kind}.py first, with this folder as its --run_dir"
         if found and found != [INITIAL_TAG]:
@@ -234,11 +241,8 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
 def check_idle(run_dir, flag):
     """UserError if a training is going on in run_dir: what it holds is about to change."""
     with contextlib.suppress(FileNotFoundError, PermissionError), open(os.path.join(run_dir, ".lock"), "r+") as f:
-        try:
-            if fcntl:
-                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{flag} {run_dir}: still trains ({printable(f.read(100))}); wait until it ends") from None
+        if not lock(f):
+            raise UserError(f"{flag} {run_dir}: still trains ({printable(f.read(100))}); wait until it ends")
 
 
 # ---- A training run -------------------------------------------------------------------------------------
@@ -296,7 +300,7 @@ class Run:
     def follow_command(self):
         """-> [(tag, manifest)] of the U-Net's sets with this command's settings of sampling, where they had others."""
         new, found = {name: self.about["settings"][name] for name in SAMPLING}, []
-        for tag, manifest in self.readable("unet").items() if self.kind == "unet" else ():
+        for tag, manifest in readable(self.dir, "unet").items() if self.kind == "unet" else ():
             then = vars(manifest.pop("cfg"))
             if any(then[name] != getattr(self.cfg, name) for name in SAMPLING):
                 found.append((tag, manifest | {"settings": manifest["settings"] | new}))
@@ -310,7 +314,7 @@ class Run:
             raise UserError(f"--init_from {self.cfg.init_from}: of another model ({'; '.join(other)}); give the same")
         if self.kind == "unet" and self.about["made_from"] != manifest.get("made_from"):
             what = "has learned the latents of another VAE; copy its vae_* files for a better start"
-            print(f"warning: --init_from {self.cfg.init_from}: {what}", file=sys.stderr)
+            warn(f"--init_from {self.cfg.init_from}: {what}")
         # the average starts from the trained weights: its own may hold much of random ones
         names = [f"{prefix.removeprefix('ema_')}{tag}.pth" for prefix in PREFIXES[self.kind]]
         return [(os.path.join(self.cfg.init_from, name), manifest["files"][name]) for name in names]
@@ -352,15 +356,11 @@ class Run:
         os.makedirs(self.dir, exist_ok=True)
         self.lock = open(self.path(".lock"), "a+")
         try:
-            if fcntl:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.seek(0)
-            other = printable(self.lock.read(100)) or "another process"
-            raise UserError(
-                f"--run_dir {self.dir}: in use by {other}; wait for it, stop it, or give another --run_dir"
-            ) from None
-        try:
+            if not lock(self.lock):
+                self.lock.seek(0)
+                other = printable(self.lock.read(100)) or "another process"
+                what = f"in use by {other}; wait for it, stop it, or give another --run_dir"
+                raise UserError(f"--run_dir {self.dir}: {what}")
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
             self.lock.flush()
@@ -418,7 +418,7 @@ class Run:
                 damaged.append((tag, e))
                 continue
             for bad, why in damaged:
-                print(f"warning: {why}; put aside as *.damaged, going on from {self.last_saved}", file=sys.stderr)
+                warn(f"{why}; put aside as *.damaged, going on from {self.last_saved}")
                 self.put_aside(bad)
             print(f"resumed after step {state.step}")
             return state
@@ -472,7 +472,7 @@ class Run:
         self.last_saved = manifest_path(self.dir, self.kind, tag)
         for name, value in self.about["machine"].items():
             if (then := manifest["machine"].get(name)) != value:
-                print(f"warning: no longer exact to the bit: {name} was {then}, now {value}", file=sys.stderr)
+                warn(f"no longer exact to the bit: {name} was {then}, now {value}")
         state.window = state.window.to(start.window.device)
         return state
 
@@ -584,20 +584,12 @@ class Run:
         """Of these sets those whose weights stay: the newest whole epoch, VAEs that the U-Net was trained on, and the
         --keep_last newest of every --save_every epochs."""
         whole, between = [tag for tag in tags if "_" not in tag], set()
-        for tag, manifest in self.readable(self.kind).items():
+        for tag, manifest in readable(self.dir, self.kind).items():
             cfg = manifest["cfg"]  # --save_every may have been another then
             between |= {tag} if manifest["epoch"] % cfg.save_every and not manifest["finished"] else set()
-        used = {name for manifest in self.readable("unet").values() for name in manifest.get("made_from", ())}
+        used = {name for manifest in readable(self.dir, "unet").values() for name in manifest.get("made_from", ())}
         due = [tag for tag in whole if tag not in between][: self.cfg.keep_last or None]
         return {*whole[:1], *due, *(tag for tag in whole if f"{self.prefixes[0]}{tag}.pth" in used)}
-
-    def readable(self, kind):
-        """-> {tag: manifest} of the sets that can be read, newest first."""
-        found = {}
-        for tag in sets_of(self.dir, kind):
-            with contextlib.suppress(UserError):
-                found[tag] = read_manifest(self.dir, kind, tag)
-        return found
 
     def delete(self, names):
         """A set vanishes when its manifest is renamed, all at once; the new name marks its files until they are gone."""

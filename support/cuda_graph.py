@@ -5,10 +5,11 @@ GPU to run it. A recording asks once. What it is not: a compiler. The kernels st
 torch.compile makes fewer and faster ones, which can be recorded too. On other devices nothing happens here.
 """
 
-import sys
 from collections import Counter
 
 import torch
+
+from support.errors import warn
 
 WARM_UP = 3  # calls before the recording: libraries and torch.compile choose their kernels in the first ones
 
@@ -52,7 +53,7 @@ def record(function, arguments, parameters, pool):
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())
         why = (str(e.__context__ or e).strip().splitlines() or [""])[0][:200]  # ending a failed recording fails too
-        print(f"warning: no CUDA graph can be made here ({why}); each step takes longer", file=sys.stderr)
+        warn(f"no CUDA graph can be made here ({why}); each step takes longer")
         return function
     inputs, gradients = tensors_of(own), [p.grad for p in parameters]
 

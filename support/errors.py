@@ -77,8 +77,9 @@ def explain(e):
         return "--num_workers: a process that reads pictures died; give fewer, or 0"
     if isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY):
         return (
-            "--batch_size (of sample.py --size): not enough memory; give --grad_accumulation 2 or more, which keeps the "
-            "result and may change in mid-run, a smaller batch or size, or fewer --max_images"
+            "--batch_size (of sample.py --size): not enough memory; give --grad_accumulation 2 or more, or "
+            "--grad_checkpointing, which keep the result and may change in mid-run, a smaller batch or size, or fewer "
+            "--max_images"
         )
     if any(words in str(e) for words in ANOTHER_ENDED):
         remedy = "mend that, and the same command goes on from the last save"
@@ -93,6 +94,13 @@ def make_output_safe():
         setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def warn(text):
+    """One line on stderr; of several processes rank 0 alone speaks."""
+    group = process_group()
+    if not (group and group.get_rank()):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def process_group():

@@ -12,6 +12,11 @@ import stat
 
 from support.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there two processes at once are not noticed
+    fcntl = None
+
 
 class Damaged(UserError):
     """A file is missing or is not what was saved."""
@@ -75,6 +80,16 @@ def read_file(path, most):
 def entry_of(data):
     """What a manifest says of a file's bytes."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def lock(f, wait=False):
+    """Lock an open file -> whether it could be had. The system frees it however this process ends."""
+    try:
+        if fcntl:
+            fcntl.lockf(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):  # either is how a system says that it is taken
+        return False
+    return True
 
 
 def remove(*paths):

@@ -5,18 +5,17 @@ What it is not: it holds no defaults of the training; those are in config.py.
 
 import argparse
 import os
-import sys
 from dataclasses import fields, replace
 
 from config import FINETUNING_PRESETS, LARGEST, PRESETS, VAE_PRESETS, SDConfig, check, kind_of
 from samplers import SAMPLERS, choose_sampler
-from support.errors import UserError, printable, usage_error
+from support.errors import UserError, printable, usage_error, warn
 from support.signals import command_line
 
 VAE_TRAINING = (  # flags that tell train_unet.py nothing, or another thing
     "random_crop random_scale beta l1_weight ms_ssim_weight lpips_weight adversarial_weight adversarial_start matching_weight "
-    "finetune_decoder_of batch_size num_epochs init_from optimizer lr "
-    "lr_schedule lr_warmup_steps adam_beta2 weight_decay max_grad_norm grad_accumulation save_every keep_last save_minutes compile"
+    "finetune_decoder_of batch_size num_epochs init_from optimizer lr lr_schedule lr_warmup_steps adam_beta2 weight_decay "
+    "max_grad_norm grad_accumulation grad_checkpointing save_every keep_last save_minutes compile"
 )
 PRESET_HELP = (
     "coco (the recipe), best (the recipe with what has won since), best64 (the same at 64 pixels, for a laptop), coco64, "
@@ -164,7 +163,7 @@ def warn_of_lost_quotes(flag, prompts, known):
     words = [printable(prompt) for prompt in prompts if len(prompt.split()) == 1]
     if len(words) > 1 and " " in f"{known}":
         what = f"{len(words)} prompts are single words; if they are one, put it in quotes"
-        print(f"warning: {flag}: {what}: {command_line(flag, ' '.join(words))}", file=sys.stderr)
+        warn(f"{flag}: {what}: {command_line(flag, ' '.join(words))}")
 
 
 def add_sampling_flags(parser):
@@ -196,7 +195,6 @@ def sampling_options(args, cfg):
     except ValueError as e:
         usage_error(f"--sampler: {e}")
     if scale != 1 and not cfg.caption_dropout:
-        nothing = "the run was trained without --caption_dropout; guidance has nothing to compare with"
-        print(f"warning: {nothing}", file=sys.stderr)
+        warn("the run was trained without --caption_dropout; guidance has nothing to compare with")
     options = {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": scale}
     return options | {"negative_prompt": args.negative_prompt} | guidance

@@ -3,16 +3,14 @@
 What it is not: it trains nothing, and it does not choose a text encoder.
 """
 
-import contextlib
 import os
-import sys
 
 import torch
 
 from config import PRESETS
 from support import checkpoint
 from support.devices import memory_format
-from support.errors import UserError
+from support.errors import UserError, warn
 from support.files import Damaged
 from text_encoder import make_text_encoder
 from training import random_share
@@ -26,7 +24,7 @@ def newest_run():
     """The default run directory, runs/<preset>, in which train_unet.py saved an epoch last."""
     saved = {}
     for run_dir in (os.path.join("runs", preset) for preset in PRESETS):
-        for tag in [tag for tag in checkpoint.sets_of(run_dir, "unet") if "_" not in tag][:1]:
+        for tag in checkpoint.epochs_of(run_dir, "unet")[:1]:
             saved[os.path.getmtime(checkpoint.manifest_path(run_dir, "unet", tag))] = run_dir
     if not saved:
         raise UserError("--run_dir: no trained U-Net in runs/; run python train_vae.py and python train_unet.py")
@@ -66,7 +64,7 @@ def load_models(run_dir, ema, device, vae_dir=None, epoch=None):
     if share > 0.01:
         what = f"{share:.1%} of these weights are the random ones that the average began with, {manifest['step']} steps ago"
         remedy = "leave --ema out, or train for longer, with --ema_warmup or a lower --ema_decay"
-        print(f"warning: --ema: {what}, at --ema_decay {cfg.ema_decay}; {remedy}", file=sys.stderr)
+        warn(f"--ema: {what}, at --ema_decay {cfg.ema_decay}; {remedy}")
     return cfg, name, *models
 
 
@@ -107,23 +105,36 @@ def load_text_encoder(run_dir, cfg, source, device, epoch=None):
     return encoder.to(device).eval()
 
 
+def begun(run_dir, overwrite):
+    """The newest manifest of the run's U-Net, if it goes on: it keeps the text encoder and the VAE that it began with."""
+    return {} if overwrite else next(iter(checkpoint.readable(run_dir, "unet").values()), {})
+
+
 def training_text_encoder(cfg, run_dir, overwrite, device):
-    """The text encoder to train a U-Net with; a run that goes on keeps the version that it began with."""
-    key = None
-    for tag in [] if overwrite else checkpoint.sets_of(run_dir, "unet"):
-        with contextlib.suppress(Damaged):  # resuming deals with it, and says so
-            key = key or checkpoint.read_manifest(run_dir, "unet", tag).get("text")
+    """The text encoder to train a U-Net with."""
+    key = begun(run_dir, overwrite).get("text")
     return make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length, key=key).to(device).eval()
 
 
-def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
-    """-> the VAE of the run's newest epoch and {its file: size and SHA-256}; UserError if it was made otherwise.
+def training_vae(cfg, args, device):
+    """As load_vae(), for a U-Net to train on. Once that has taken a step, the VAE that it began with, if it is there."""
+    unet, epochs = begun(args.run_dir, args.overwrite), checkpoint.epochs_of(args.run_dir, "vae")
+    made_from = unet.get("made_from", ()) if unet.get("step") else ()
+    own = next((epoch for epoch in epochs if f"vae_ckpt_epoch{epoch}.pth" in made_from), None)
+    if own and own != epochs[0]:
+        print(f"the U-Net goes on with its own VAE, of epoch {own}; --overwrite starts over with that of {epochs[0]}")
+    return load_vae(cfg, args.run_dir, device, given=args.given, epoch=own)
+
+
+def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",), epoch=None):
+    """-> the VAE of an epoch, the newest if none is named, and {its file: size and SHA-256}; UserError if it was made
+    otherwise.
 
     given: settings that the user has named; a data set other than the VAE's must be among them.
     """
     if flag == "--finetune_decoder_of":
         checkpoint.check_idle(run_dir, flag)
-    tag, manifest = checkpoint.newest_epoch_set(run_dir, "vae", flag)
+    tag, manifest = checkpoint.newest_epoch_set(run_dir, "vae", flag, epoch)
     theirs = manifest["cfg"]
     for name in VAE_SETTINGS:
         if getattr(theirs, name) != getattr(cfg, name):
@@ -138,13 +149,11 @@ def load_vae(cfg, run_dir, device, flag="--run_dir", given=("dataset",)):
                 f"--dataset: {cfg.dataset} here, but the VAE in {run_dir} was trained on {theirs.dataset}; give --dataset "
                 f"and its flags as for the VAE, or --dataset {cfg.dataset} if that is meant"
             )
-        print(f"warning: the VAE was trained on --dataset {theirs.dataset}, this is for {cfg.dataset}", file=sys.stderr)
+        warn(f"the VAE was trained on --dataset {theirs.dataset}, this is for {cfg.dataset}")
     if theirs.held_out_combinations != cfg.held_out_combinations:
-        what = "the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it"
-        print(f"warning: {what}", file=sys.stderr)
+        warn("the VAE was trained with other --held_out_combinations: what is new to the U-Net is not to it")
     file = f"vae_ckpt_epoch{tag}.pth"
-    vae = AutoencoderKL(cfg)
-    checkpoint.load_weights(os.path.join(run_dir, file), manifest["files"][file], vae)
+    vae = load_model(os.path.join(run_dir, file), manifest["files"][file], AutoencoderKL, cfg)
     early = "" if manifest["finished"] else f": epoch {tag} of {theirs.num_epochs}, where its training was stopped"
     print(f"VAE: {os.path.join(run_dir, file)}{early}")
     return vae.to(device).eval().requires_grad_(False), {file: manifest["files"][file]}

@@ -26,12 +26,7 @@ import torch
 
 from support.checkpoint import own_hash
 from support.errors import UserError
-from support.files import free_megabytes, read_file, remove, write_file
-
-try:
-    import fcntl
-except ImportError:  # Windows: two builds at once do not wait for each other there
-    fcntl = None
+from support.files import free_megabytes, lock, read_file, remove, write_file
 
 MAX_MANIFEST_BYTES = 64 << 20  # it lists the rows that could not be had
 SECONDS_BETWEEN_SAVES = 10  # of a build's manifest: what a kill -9 or a power cut costs
@@ -206,17 +201,10 @@ def build_lock(path):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         f = open(f"{path}.lock", "a")
-        if fcntl:
-            wait_for_lock(f, path)
+        if not lock(f):
+            print(f"{path}: waiting for another process that prepares it", flush=True)
+            lock(f, wait=True)
     except OSError as e:
         raise UserError(f"{path}: cannot be made or locked ({e.strerror}); give another --cache_dir") from None
     with f:
         yield
-
-
-def wait_for_lock(f, path):
-    try:
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # either is how a system says that it is taken
-        print(f"{path}: waiting for another process that prepares it", flush=True)
-        fcntl.lockf(f, fcntl.LOCK_EX)

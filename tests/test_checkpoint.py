@@ -465,6 +465,14 @@ def test_a_batch_may_be_computed_in_parts_from_the_middle_of_a_run_on(stopped_ru
         assert bits(cwd / "run").keys() == expected.keys()
 
 
+def test_checkpointed_blocks_give_the_same_bits_from_the_middle_of_a_run_on(stopped_run, fork):
+    for kind in KINDS:
+        cwd, expected = stopped_run(kind, kind)
+        result = fork(*command(kind, SMALL | {"grad_checkpointing": True}), cwd=cwd).wait()
+        assert result.returncode == 0 and "resumed after step 2" in result.stdout, result.stderr
+        assert bits(cwd / "run") == expected
+
+
 def pictures_of_mine(folder):
     """Twenty pictures and captions of a user's own -> the settings of a run on them."""
     (folder / "mine/images").mkdir(parents=True)
@@ -503,6 +511,22 @@ def test_a_vae_trained_again_is_refused(stopped_run, fork):
     other = SMALL | {"lr": 0.002}
     assert fork(*command("vae", other), "--overwrite", cwd=cwd).wait().returncode == 0
     assert_one_line_error(fork(*command("unet"), cwd=cwd).wait(), 1, "the VAE is another", "--overwrite")
+
+
+def test_a_unet_goes_on_with_the_vae_that_it_began_with_though_that_has_been_trained_further(tmp_path, fork):
+    assert fork(*command("vae", SMALL), "--max_steps", STEPS_PER_EPOCH, cwd=tmp_path).wait().returncode == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "apart/run")
+    assert fork(*command("unet"), cwd=tmp_path / "apart").wait().returncode == 0
+    at_two = {"signal_at_step": (signal.SIGINT, 2)}
+    assert fork(*command("unet"), cwd=tmp_path, inject=at_two).wait().returncode == 130
+    assert fork(*command("vae"), cwd=tmp_path).wait().returncode == 0
+    again = fork(*command("unet"), cwd=tmp_path).wait()
+    assert again.returncode == 0, again.stderr
+    assert "goes on with its own VAE, of epoch 1; --overwrite starts over with that of 2" in again.stdout
+    found, expected = bits(tmp_path / "run"), bits(tmp_path / "apart/run")
+    assert all(found[name] == expected[name] for name in expected if "unet" in name or "t_ember" in name)
+    anew = fork(*command("unet"), "--overwrite", cwd=tmp_path).wait()
+    assert "its own VAE" not in anew.stdout and "VAE: run/vae_ckpt_epoch2.pth" in anew.stdout
 
 
 @pytest.mark.parametrize("what, was", [("threads", 99), ("processor", "another"), ("torch", "1.0")])

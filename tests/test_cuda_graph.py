@@ -148,19 +148,22 @@ def test_other_devices_get_the_function_itself(device):
 
 
 @on_gpu
-def test_unet_step_is_the_same_replayed():
-    assert torch.allclose(trained_unet(replay=False), trained_unet(replay=True), rtol=1e-3)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_unet_step_is_the_same_replayed(checkpointing):
+    assert torch.allclose(trained_unet(replay=False), trained_unet(replay=True, checkpointing=checkpointing), rtol=1e-3)
 
 
-def trained_unet(replay):
+def trained_unet(replay, checkpointing=False):
     """Losses and norms of twenty steps with batches of two sizes in turn, and then of the weights."""
     from diffusion import prediction_loss
+    from support.devices import checkpoint_blocks
     from training import clip_gradients, make_optimizer, optimizer_step
     from unet import TimeEmbedding, UNetLatent
 
     cfg, found = SDConfig(**PRESETS["demo"]), []
     torch.manual_seed(0)
     unet, t_ember = UNetLatent(cfg).cuda(), TimeEmbedding(cfg.time_dim).cuda()
+    checkpoint_blocks(unet, checkpointing)
     parameters = [*unet.parameters(), *t_ember.parameters()]
     optimizer = make_optimizer([unet, t_ember], cfg)
 

@@ -4,8 +4,10 @@ import os
 
 import pytest
 import torch
+from conftest import randomize
 
 from support.devices import (
+    checkpoint_blocks,
     computes_in_bf16,
     copied_back_ahead,
     gather_rows,
@@ -16,7 +18,8 @@ from support.devices import (
     pick_device,
     to_device,
 )
-from vae import ResnetBlock
+from unet import UNetLatent
+from vae import AutoencoderKL, ResnetBlock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -88,6 +91,31 @@ def test_what_is_compiled_gives_the_same_bits_after_another_shape(compiler):
     before = gradients(x)
     gradients(x[:7])
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(x)))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("kind", [AutoencoderKL, UNetLatent])
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(tiny, kind, precision):
+    model, autocast = randomize(kind(tiny)), make_autocast(CPU, precision)
+    inputs = [torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8)]
+    if kind is UNetLatent:
+        inputs = [inputs[1], torch.randn(2, tiny.time_dim), torch.randn(2, 12, tiny.text_dim)]
+
+    def step():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t), autocast():
+            out = model(*inputs)
+        outputs = out if isinstance(out, tuple) else (out,)
+        gradients = torch.autograd.grad(sum(o.float().square().mean() for o in outputs), model.parameters())
+        return [*outputs, *gradients], sum(kept)
+
+    (plain, most), names = step(), [*model.state_dict()]
+    checkpoint_blocks(model, False)
+    assert step()[1] == most
+    checkpoint_blocks(model, True)
+    found, kept = step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)) and kept < most / 2, (kept, most)
+    assert [*model.state_dict()] == names
 
 
 def test_each_tensor_is_handed_out_when_the_next_one_has_been_begun():

@@ -133,7 +133,7 @@ def test_an_earlier_epoch_is_sampled_measured_and_exported(tmp_path, run_here, f
     assert b"Model: unet_ckpt1" in (tmp_path / "run/samples/x_seed0.png").read_bytes()
     measured = run_here("evaluate.py", "--run_dir", "run", "--epoch", 1, "--num_prompts", 4, "--steps", 2, cwd=tmp_path)
     assert measured.returncode == 0, measured.stderr
-    assert json.loads((tmp_path / "run/evaluation.json").read_text())["model"] == "unet_ckpt1"
+    assert json.loads((tmp_path / "run/evaluation_epoch1.json").read_text())["model"] == "unet_ckpt1"
     assert run_here("sample.py", "--run_dir", "run", "--export", "card", "--epoch", 1, cwd=tmp_path).returncode == 0
     assert "This is epoch 1 of 2" in (tmp_path / "card/README.md").read_text()
     missing = run_here(*SAMPLE, "--epoch", 7, cwd=tmp_path)

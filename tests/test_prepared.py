@@ -20,7 +20,7 @@ from conftest import CONTEXT, SMALL, TRAIN, assert_one_line_error, flags, pictur
 import data
 from config import SDConfig
 from data import open_dataset, read_pictures, read_rgb
-from support import prepared
+from support import files, prepared
 from support.errors import UserError
 from support.prepared import mapped, prepare
 from support.show import progress_bar
@@ -283,7 +283,7 @@ def test_of_two_builds_at_once_one_waits_for_the_other(tmp_path, capsys):
 def test_where_locks_do_not_hold_two_builds_never_end_in_a_wrong_file(tmp_path, monkeypatch, stop_at, removed):
     """The other build begins when this one is at row 5, and is stopped at row `stop_at` or gets to its end; the
     folder's files may have been removed before. A whole file of the other's is as good."""
-    monkeypatch.setattr(prepared, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     rows = Rows()
 
     def interfering(first):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TRAIN, assert_one_line_error, flags, rows
+from conftest import ROOT, SMALL, TRAIN, assert_one_line_error, flags, picture, rows
 
 from support.processes import World
 
@@ -28,7 +28,7 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def together(fork, size, script, run, settings, cwd):
+def together(fork, size, script, run, settings, cwd, code=0):
     """The script in `size` processes with the environment that torchrun gives them -> their results."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     words = ("--preset", "demo", "--run_dir", run, *flags(settings))
@@ -36,7 +36,7 @@ def together(fork, size, script, run, settings, cwd):
     all_of_them = [fork(script, *words, cwd=cwd, inject={"environment": rank, "log_every": 1}) for rank in ranks]
     results = [one.wait() for one in all_of_them]
     for result in results:
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == code, result.stderr
     return results
 
 
@@ -58,6 +58,27 @@ def test_two_processes_train_as_one(tmp_path, fork):
             assert ((one - two).abs() / one.abs().clamp(min=1)).max() < 1e-5, (file, name, one, two)
             assert one.std() > 1e-4  # the curve does move
     assert sorted(os.listdir(tmp_path / "run1")) == sorted(os.listdir(tmp_path / "run2"))
+
+
+def test_what_is_odd_or_wrong_with_the_data_is_told_once(tmp_path, fork):
+    """By rank 0, which looks at it first; the other then ends, too."""
+    for i in range(20):
+        picture(tmp_path / f"mine/images/{i}.png", colour=(9 * i, 99, 40))
+        (tmp_path / f"mine/images/{i}.txt").write_text("a red house,\nand a tree")
+    settings = SMALL | {
+        "dataset": "folder",
+        "data_root": "mine",
+        "num_epochs": 1,
+        "skip_bad": True,
+        "cache_dir": "kept",
+    }
+    told = together(fork, 2, "train_vae.py", "run", settings, tmp_path)
+    assert ["look like parts of one sentence" in one.stderr for one in told] == [True, False]
+    (tmp_path / "mine/images/3.txt").unlink()
+    told = together(fork, 2, "train_vae.py", "new", settings, tmp_path, code=1)
+    assert ["pictures have no caption" in one.stderr for one in told] == [True, False]
+    for one in told:
+        assert_one_line_error(one, 1)
 
 
 def torchrun(size, script, settings, cwd):

@@ -78,7 +78,7 @@ COPIES = {
         OF_CHECKPOINT,
         "put_aside and cut-vae",
     ),
-    "no lock": Copy(CHECKPOINT, "if fcntl:\n", "if False:\n", OF_CHECKPOINT, "two_trainings"),
+    "no lock": Copy(FILES, "if fcntl:\n", "if False:\n", OF_CHECKPOINT, "two_trainings"),
     "a setting that is no more is passed over": Copy(
         CHECKPOINT,
         "for k, v in RETIRED.items() if then[k] != v]",

@@ -81,10 +81,11 @@ def test_real_coco_pictures_real_tokens_whole_pipeline(real_data, clip_dir, tmp_
 
 
 @pytest.mark.slow
-def test_compiled_models_train_as_the_plain_ones(tmp_path, run_here):
+@pytest.mark.parametrize("also", [[], ["--grad_checkpointing"]])
+def test_compiled_models_train_as_the_plain_ones(tmp_path, run_here, also):
     settings = SMALL | {"mixed_precision": "no", "num_epochs": 1, "batch_size": 6, "save_minutes": 60}
     settings |= {"image_size": 8, "block_out_channels": (8,), "num_heads": 2}
-    for run, more in (("plain", []), ("compiled", ["--compile"])):
+    for run, more in (("plain", []), ("compiled", ["--compile", *also])):
         for script in ("train_vae.py", "train_unet.py"):
             command = ("--preset", "demo", "--run_dir", run, *more, *flags(settings))
             assert run_here(script, *command, cwd=tmp_path).returncode == 0
