@@ -161,10 +161,10 @@ def sampling_grid(process, num_steps):
 @torch.no_grad()
 def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_samples=4, *, process=None, sampler=None,
            eta=0.0, guidance_scale=1.0, negative_prompt="", guidance_interval=(0.0, 1.0),
-           guidance_rescale=0.0, size=None, seeds=None, watch=None):  # fmt: skip
+           guidance_rescale=0.0, size=None, seeds=None, watch=None, edit=None):  # fmt: skip
     """Pictures of a prompt -> (num_samples, 3, H, W) in [0, 1]. ValueError if the arguments do not go together.
 
-    prompt: one string for all samples, or a list of num_samples strings.
+    prompt: one string for all samples, a list of num_samples strings, or their embeddings (num_samples, L, text_dim).
     process: what the U-Net was trained on, from configured_process(cfg); by default the recipe's.
     sampler: one of SAMPLERS_FOR[prediction_type]; by default the first. eta: of ddim alone, in [0, 1].
     guidance_scale w: the prediction becomes uncond + w (cond - uncond); 1 is no guidance. Any other needs a U-Net that
@@ -176,6 +176,7 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     Without seeds PyTorch's global generator draws.
     watch: called as watch(i, x0) after each call of the model at level i, with the guided x0 (num_samples, C, h, w), a
     latent that decode(vae, x0) shows. heun comes to most levels twice.
+    edit: takes the sampler and gives back the one to use in its place (edit.py).
     """
     device = next(unet.parameters()).device
     process = process or make_process()
@@ -192,6 +193,7 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance)
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
     denoise = watched(denoise, watch) if watch else denoise
+    run_sampler = edit(run_sampler) if edit else run_sampler
     z = run_sampler(denoise, draw_noise(), a, b, draw_noise)
     del denoise  # frees what a CUDA graph keeps on the GPU
     return decode(vae, z)
@@ -211,7 +213,7 @@ def guided_denoiser(
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     # captions are encoded in float32, as in training
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
-        cond = text_encoder(prompts)  # (B, L, text_dim)
+        cond = prompts if isinstance(prompts, torch.Tensor) else text_encoder(prompts)  # (B, L, text_dim)
         uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
     if autocast:  # cast once here, not in every layer at every step
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
