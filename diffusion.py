@@ -190,18 +190,16 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
 
     t, a, b = sampling_grid(process, num_steps)
     guidance = (guidance_scale, negative_prompt, guidance_interval, guidance_rescale)
-    denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance)
+    denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance, watch)
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
-    denoise = watched(denoise, watch) if watch else denoise
     run_sampler = edit(run_sampler) if edit else run_sampler
     z = run_sampler(denoise, draw_noise(), a, b, draw_noise)
     del denoise  # frees what a CUDA graph keeps on the GPU
     return decode(vae, z)
 
 
-def guided_denoiser(
-    unet, t_embedder, text_encoder, prompts, process, t, scale=1.0, negative_prompt="", interval=(0.0, 1.0), rescale=0.0
-):
+def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t,
+                    scale=1.0, negative_prompt="", interval=(0.0, 1.0), rescale=0.0, watch=None):  # fmt: skip
     """-> denoise(z, i) -> (x0, eps) at time t[i]. The text is encoded once, here. For the arguments see sample()."""
     low, high = interval
     if not 0 <= low <= high <= 1:
@@ -229,20 +227,11 @@ def guided_denoiser(
             ratio = x0_cond.std(dim=(1, 2, 3), keepdim=True) / x0.std(dim=(1, 2, 3), keepdim=True)
             x0 = x0 * (1 + rescale * (ratio - 1))  # Lin et al., section 3.4, rescale the prediction instead
             eps = (z - a[i] * x0) / b[i]
+        if watch:
+            watch(i, x0)
         return x0, eps
 
     return denoise
-
-
-def watched(denoise, watch):
-    """-> the same denoise(z, i), which also tells watch(i, x0) what it found."""
-
-    def call(z, i):
-        x0, eps = denoise(z, i)
-        watch(i, x0)
-        return x0, eps
-
-    return call
 
 
 def guide(unet, z, t_emb, cond, uncond, w):

@@ -61,8 +61,8 @@ def main():
         latent_shape(unet, vae, args.size)
     except ValueError as e:
         errors.usage_error(f"--size: {e}; give others")
-    options["edit"] = picture_edit(args, cfg, vae, device) if args.init_image else None
-    notes = f", Denoising strength: {args.strength:g}" if args.init_image else ""
+    options["edit"] = picture_edit(args, cfg, vae, device) if args.init_image is not None else None
+    notes = f", Denoising strength: {args.strength:g}" if args.init_image is not None else ""
     for what, path in ("VAE", args.vae), ("Init image", args.init_image), ("Mask", args.mask):
         name = path if what == "VAE" else os.path.basename(path or "")
         notes += f", {what}: {quoted(errors.printable(name))}" if name else ""
@@ -90,7 +90,7 @@ def main():
 
 def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
     """Sample and save the pictures of a prompt, or of the way from one prompt or seed to another."""
-    shown, emerging, (model_name, notes) = [], {}, about
+    shown, texts, emerging, (model_name, notes) = [], [], {}, about
     for first in range(0, args.num_images, IMAGES_PER_BATCH):
         numbers = range(args.num_images)[first : first + IMAGES_PER_BATCH]
         asked = {"prompt": prompts[0], "seeds": [args.seed + k for k in numbers]}
@@ -104,16 +104,15 @@ def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
             if not image.isfinite().all():
                 raise errors.UserError(f"{model_name}: gives values that are not numbers; train with a lower --lr")
             way = place_on_way(prompts, args, k)
-            text = parameters(prompts[0], options, seed, image, model_name + notes + way)
-            save_png(out, prompts[0], f"interpolated{k}" if way else f"seed{seed}", image, text)
+            texts.append(parameters(prompts[0], options, seed, image, model_name + notes + way))
+            save_png(out, prompts[0], f"interpolated{k}" if way else f"seed{seed}", image, texts[-1])
         shown += [image.clone() for image in x[: GRID_PICTURES - len(shown)]]  # a view would keep the whole batch
         progress.update(len(numbers))
-    text = parameters(prompts[0], options, args.seed, shown[0], model_name + notes)
-    paths = [save_png(out, prompts[0], "grid", square(shown), text)]
+    paths = [save_png(out, prompts[0], "grid", square(shown), texts[0])]
     if args.steps_strip:
         frames = [*decoded_steps(nets[1], emerging), torch.stack(shown[:STRIP_PICTURES])]  # (B, 3, H, W) each
         strip = show.make_grid(torch.stack(frames, dim=1).flatten(0, 1), len(frames))  # a row for each picture
-        paths.append(save_png(out, prompts[0], "steps", strip, text))
+        paths.append(save_png(out, prompts[0], "steps", strip, texts[0]))
         paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(square, frames))))
     progress.say(f"wrote {args.num_images} pictures of {' to '.join(map(repr, prompts))}, and {', '.join(paths)}")
 
@@ -165,7 +164,7 @@ def picture_edit(args, cfg, vae, device):
     x = data.to_float(torch.from_numpy(data.to_array(picture))[None], device)
     (z0,), _ = vae.encode(x)  # the mean: the same each time
     repaint = torch.tensor(True)
-    if args.mask:
+    if args.mask is not None:
         mask, (w, h) = read("--mask", args.mask)
         if abs(w * height - h * width) > 0.01 * width * h:
             what = f"{w} x {h} pixels are of another shape than the {width} x {height} of --init_image"
@@ -227,10 +226,10 @@ def parse_args():
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
         parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")
     for name in ("strength", "mask"):
-        if getattr(args, name) is not None and not args.init_image:
+        if getattr(args, name) is not None and args.init_image is None:
             parser.error(f"--{name}: goes with --init_image FILE, which is missing")
     if args.strength is None:
-        args.strength = 0.75 if args.init_image and not args.mask else 1.0
+        args.strength = 1.0 if args.init_image is None or args.mask is not None else 0.75
     if not 0 <= args.strength <= 1:
         parser.error(f"--strength: {args.strength} is out of range; give 0 to 1")
     args.interpolate = args.seed if args.interpolate == -1 else args.interpolate

@@ -432,6 +432,7 @@ def test_strength_and_mask_lead_from_the_reconstruction_to_plain_sampling(tiny_r
     "flag, content, words",
     [
         ("--init_image", None, ("No such file",)),
+        ("--init_image", "", ("No such file",)),
         ("--init_image", b"", ("cannot identify",)),
         ("--init_image", b"\x89PNG\r\n\x1a\n", ("give a JPEG, PNG, WebP or AVIF",)),
         ("--mask", None, ("No such file",)),
@@ -440,11 +441,12 @@ def test_strength_and_mask_lead_from_the_reconstruction_to_plain_sampling(tiny_r
     ],
 )
 def test_pictures_that_cannot_be_used_are_named(tiny_run, car, run_here, flag, content, words):
-    if content is not None:
-        (car / "odd.png").write_bytes(content)
+    path = car / "odd.png" if content != "" else ""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
     begin = ("--init_image", car / "my, car.png") if flag == "--mask" else ()
-    result = run_here(*SAMPLE, *begin, flag, car / "odd.png", "--out", car / "out", cwd=tiny_run)
-    assert_one_line_error(result, 1, f"{flag} {car}", *words)
+    result = run_here(*SAMPLE, *begin, flag, path, "--out", car / "out", cwd=tiny_run)
+    assert_one_line_error(result, 1, f"{flag} {path}", *words)
     assert not (car / "out").exists()
 
 
