@@ -21,6 +21,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from errno import EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
+from functools import partial
 from os.path import basename, dirname, exists, isdir, join, realpath, relpath
 
 import numpy as np
@@ -124,6 +125,13 @@ def read_square(path, size, resize="crop", profiles=True):
     if resize == "pad":
         return ImageOps.pad(picture, *square, color="white")
     return picture.resize(*square) if resize == "squeeze" else ImageOps.fit(picture, *square)
+
+
+def read_picture(path, size, resize):
+    """A file as an upright RGB picture of size (width, height), made as read_square() makes squares, and its own size."""
+    picture = read_rgb(path)
+    fit = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color="white"), "squeeze": Image.Image.resize}[resize]
+    return fit(picture, size, Image.Resampling.BICUBIC), picture.size
 
 
 def open_dataset(cfg, margin=0):

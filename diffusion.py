@@ -161,10 +161,10 @@ def sampling_grid(process, num_steps):
 @torch.no_grad()
 def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_samples=4, *, process=None, sampler=None,
            eta=0.0, guidance_scale=1.0, negative_prompt="", guidance_interval=(0.0, 1.0),
-           guidance_rescale=0.0, size=None, seeds=None):  # fmt: skip
+           guidance_rescale=0.0, size=None, seeds=None, watch=None, edit=None):  # fmt: skip
     """Pictures of a prompt -> (num_samples, 3, H, W) in [0, 1]. ValueError if the arguments do not go together.
 
-    prompt: one string for all samples, or a list of num_samples strings.
+    prompt: one string for all samples, a list of num_samples strings, or their embeddings (num_samples, L, text_dim).
     process: what the U-Net was trained on, from configured_process(cfg); by default the recipe's.
     sampler: one of SAMPLERS_FOR[prediction_type]; by default the first. eta: of ddim alone, in [0, 1].
     guidance_scale w: the prediction becomes uncond + w (cond - uncond); 1 is no guidance. Any other needs a U-Net that
@@ -174,6 +174,9 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     size: (height, width) in pixels; by default as in training.
     seeds: one integer per sample; apart from rounding, its picture then depends on neither the batch nor the device.
     Without seeds PyTorch's global generator draws.
+    watch: called as watch(i, x0) after each call of the model at level i, with the guided x0 (num_samples, C, h, w), a
+    latent that decode(vae, x0) shows. heun comes to most levels twice.
+    edit: takes the sampler and gives back the one to use in its place (edit.py).
     """
     device = next(unet.parameters()).device
     process = process or make_process()
@@ -187,16 +190,16 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
 
     t, a, b = sampling_grid(process, num_steps)
     guidance = (guidance_scale, negative_prompt, guidance_interval, guidance_rescale)
-    denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance)
+    denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance, watch)
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
+    run_sampler = edit(run_sampler) if edit else run_sampler
     z = run_sampler(denoise, draw_noise(), a, b, draw_noise)
     del denoise  # frees what a CUDA graph keeps on the GPU
     return decode(vae, z)
 
 
-def guided_denoiser(
-    unet, t_embedder, text_encoder, prompts, process, t, scale=1.0, negative_prompt="", interval=(0.0, 1.0), rescale=0.0
-):
+def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t,
+                    scale=1.0, negative_prompt="", interval=(0.0, 1.0), rescale=0.0, watch=None):  # fmt: skip
     """-> denoise(z, i) -> (x0, eps) at time t[i]. The text is encoded once, here. For the arguments see sample()."""
     low, high = interval
     if not 0 <= low <= high <= 1:
@@ -208,7 +211,7 @@ def guided_denoiser(
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     # captions are encoded in float32, as in training
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
-        cond = text_encoder(prompts)  # (B, L, text_dim)
+        cond = prompts if isinstance(prompts, torch.Tensor) else text_encoder(prompts)  # (B, L, text_dim)
         uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
     if autocast:  # cast once here, not in every layer at every step
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
@@ -224,6 +227,8 @@ def guided_denoiser(
             ratio = x0_cond.std(dim=(1, 2, 3), keepdim=True) / x0.std(dim=(1, 2, 3), keepdim=True)
             x0 = x0 * (1 + rescale * (ratio - 1))  # Lin et al., section 3.4, rescale the prediction instead
             eps = (z - a[i] * x0) / b[i]
+        if watch:
+            watch(i, x0)
         return x0, eps
 
     return denoise
@@ -254,6 +259,7 @@ def latent_shape(unet, vae, size=None):
     return (unet.latent_shape[0], *(side // vae_factor for side in size))
 
 
+@torch.no_grad()
 def decode(vae, z):
     """Latents (N, C, h, w) -> pictures (N, 3, H, W) in [0, 1], a bounded number of pixels at a time."""
     pixels = z[0, 0].numel() * 4 ** (len(vae.decoder.up_blocks) - 1)

@@ -3,11 +3,14 @@
   python sample.py --prompt "a red sports car"
   python sample.py --prompt "a dog on the grass" "a blue house at night" --num_images 9 --seed 7
   python sample.py --prompts_file prompts.txt    a prompt per line
+  python sample.py                         prompts one by one as they are typed, on a terminal
+  python sample.py --prompt "a blue car" --init_image car.png --strength 0.6 [--mask what_to_repaint.png]
+  python sample.py --prompt "a red car" "a blue house" --interpolate
   python sample.py --export DIR            the run as a folder that diffusers opens (support/export.py)
 
 Writes one PNG per picture and a grid per prompt, never over an existing file, and says where. Picture k depends on
 seed + k alone, apart from rounding. Its `parameters` text says how it was made, for programs that show pictures.
-What it is not: no model, schedule or sampler is here; they come from the run directory and diffusion.py.
+What it is not: no model, schedule or sampler is here; they come from the run directory, diffusion.py and edit.py.
 """
 
 import contextlib
@@ -16,17 +19,21 @@ import json
 import math
 import os
 import sys
+from functools import partial
 
+import numpy as np
 import torch
 from PIL import PngImagePlugin
 
 from config import MAX_SEED
-from diffusion import configured_process, latent_shape, sample
+from diffusion import configured_process, decode, latent_shape, sample
+from edit import between_prompts, between_seeds, from_picture, latent_mask
 from scenes import unknown_words
 from support import checkpoint, devices, errors, files, flags, models, show
 from text_encoder import words_of
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
+STRIP_PICTURES, STRIP_STEPS = 8, 8  # the strip's rows, and its columns before the picture itself
 
 
 def main():
@@ -40,42 +47,146 @@ def main():
         return
 
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts_file) if args.prompts_file else [])]
+    if args.interpolate is not None and (len(prompts) > 2 or len(prompts) < 2 and args.interpolate == args.seed):
+        errors.usage_error("--interpolate: between what? give two prompts, or another seed than --seed behind the flag")
     device = devices.pick_device()
     cfg, model_name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device, args.vae, args.epoch)
-    model_name += f", VAE: {quoted(errors.printable(args.vae))}" if args.vae else ""
     options = flags.sampling_options(args, cfg)
     encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
     known = checkpoint.newest_epoch_set(run_dir, "unet", epoch=args.epoch)[1].get("caption", cfg.sample_prompts[0])
     flags.warn_of_lost_quotes("--prompt", args.prompt or [], known)
-    words = ", ".join(unknown_words(" ".join([*prompts, args.negative_prompt])))[:100]
-    if cfg.dataset == "scenes" and words:
-        print(f"warning: no painted scene has {words!r}; python scenes.py --words lists all words", file=sys.stderr)
-    autocast = devices.make_autocast(device, args.mixed_precision or cfg.mixed_precision)
+    warn_of_unknown_words(cfg, [*prompts, args.negative_prompt])
     options |= {"size": args.size, "process": configured_process(cfg)}
     try:
         latent_shape(unet, vae, args.size)
     except ValueError as e:
         errors.usage_error(f"--size: {e}; give others")
+    options["edit"] = picture_edit(args, cfg, vae, device) if args.init_image is not None else None
+    notes = f", Denoising strength: {args.strength:g}" if args.init_image is not None else ""
+    for what, path in ("VAE", args.vae), ("Init image", args.init_image), ("Mask", args.mask):
+        name = path if what == "VAE" else os.path.basename(path or "")
+        notes += f", {what}: {quoted(errors.printable(name))}" if name else ""
 
     out = args.out or os.path.join(run_dir, "samples")
     os.makedirs(out, exist_ok=True)
-    progress = show.Progress(len(prompts) * args.num_images, "sample")
-    for prompt in prompts:
-        shown = []
-        for first in range(0, args.num_images, IMAGES_PER_BATCH):
-            seeds = range(args.seed, args.seed + args.num_images)[first : first + IMAGES_PER_BATCH]
-            with autocast():
-                x = sample(unet, vae, t_embedder, encoder, prompt, num_samples=len(seeds), seeds=seeds, **options).cpu()
-            for image, seed in zip(x, seeds):  # (3, H, W) each
-                if not image.isfinite().all():
-                    raise errors.UserError(f"{model_name}: gives values that are not numbers; train with a lower --lr")
-                save_png(out, prompt, f"seed{seed}", image, parameters(prompt, options, seed, image, model_name))
-            shown += [image.clone() for image in x[: GRID_PICTURES - len(shown)]]  # a view would keep the whole batch
-            progress.update(len(seeds))
-        grid = show.make_grid(torch.stack(shown), math.ceil(math.sqrt(len(shown))))
-        path = save_png(out, prompt, "grid", grid, parameters(prompt, options, args.seed, shown[0], model_name))
-        progress.say(f"wrote {args.num_images} pictures of {prompt!r}, and {path}")
-    progress.close()
+    autocast = devices.make_autocast(device, args.mixed_precision or cfg.mixed_precision)
+    nets, about = (unet, vae, t_embedder, encoder), (model_name, notes)
+    make = partial(make_pictures, args=args, nets=nets, options=options, autocast=autocast, about=about, out=out)
+    if prompts:
+        groups = [prompts] if args.interpolate is not None else [[prompt] for prompt in prompts]
+        progress = show.Progress(len(groups) * args.num_images, "sample")
+        for group in groups:
+            make(group, progress=progress)
+        progress.close()
+    for prompt in () if prompts else typed_prompts():
+        warn_of_unknown_words(cfg, [prompt])
+        progress = show.Progress(args.num_images, "sample")
+        try:
+            make([prompt], progress=progress)
+        except errors.UserError as e:
+            print(f"error: {errors.printable(e)}", file=sys.stderr)
+        progress.close()
+
+
+def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
+    """Sample and save the pictures of a prompt, or of the way from one prompt or seed to another."""
+    shown, texts, emerging, (model_name, notes) = [], [], {}, about
+    for first in range(0, args.num_images, IMAGES_PER_BATCH):
+        numbers = range(args.num_images)[first : first + IMAGES_PER_BATCH]
+        asked = {"prompt": prompts[0], "seeds": [args.seed + k for k in numbers]}
+        if args.interpolate is not None:
+            asked |= interpolation(prompts, args, nets[-1], options["edit"], numbers)
+        if args.steps_strip and first == 0:
+            asked["watch"] = lambda i, x0: emerging.update({i: x0[:STRIP_PICTURES].clone()})
+        with autocast():
+            x = sample(*nets, num_samples=len(numbers), **options | asked).cpu()
+        for image, seed, k in zip(x, asked["seeds"], numbers):  # (3, H, W) each
+            if not image.isfinite().all():
+                raise errors.UserError(f"{model_name}: gives values that are not numbers; train with a lower --lr")
+            way = place_on_way(prompts, args, k)
+            texts.append(parameters(prompts[0], options, seed, image, model_name + notes + way))
+            save_png(out, prompts[0], f"interpolated{k}" if way else f"seed{seed}", image, texts[-1])
+        shown += [image.clone() for image in x[: GRID_PICTURES - len(shown)]]  # a view would keep the whole batch
+        progress.update(len(numbers))
+    paths = [save_png(out, prompts[0], "grid", square(shown), texts[0])]
+    if args.steps_strip:
+        frames = [*decoded_steps(nets[1], emerging), torch.stack(shown[:STRIP_PICTURES])]  # (B, 3, H, W) each
+        strip = show.make_grid(torch.stack(frames, dim=1).flatten(0, 1), len(frames))  # a row for each picture
+        paths.append(save_png(out, prompts[0], "steps", strip, texts[0]))
+        paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(square, frames))))
+    progress.say(f"wrote {args.num_images} pictures of {' to '.join(map(repr, prompts))}, and {', '.join(paths)}")
+
+
+def square(images):
+    return show.make_grid(torch.stack([*images]), math.ceil(math.sqrt(len(images))))
+
+
+def decoded_steps(vae, emerging):
+    """{level: x0} -> some of them decoded, evenly spread. The last is left out: what comes of it is the picture."""
+    last = len(emerging) - 1
+    chosen = {round(k * last / STRIP_STEPS) for k in range(STRIP_STEPS)} - {last} if emerging else ()
+    return [decode(vae, emerging[sorted(emerging)[k]]).cpu() for k in sorted(chosen)]
+
+
+def interpolation(prompts, args, encoder, edit, numbers):
+    """-> what differs in the arguments of sample() for these pictures of a way."""
+    u, others = torch.tensor([k / (args.num_images - 1) for k in numbers]), [args.interpolate] * len(numbers)
+    changed = {"seeds": [args.seed] * len(u)}
+    if len(prompts) > 1:
+        changed["prompt"] = between_prompts(encoder, *prompts, u)
+    if args.interpolate != args.seed:
+        changed["edit"] = lambda sampler: between_seeds(edit(sampler) if edit else sampler, others, u)
+    return changed
+
+
+def place_on_way(prompts, args, k):
+    """Settings for `parameters`: where picture k is on its way, and where that leads; "" if it is on none."""
+    if args.interpolate is None:
+        return ""
+    to_prompt = f", To prompt: {quoted(' '.join(prompts[1].split()))}" if len(prompts) > 1 else ""
+    to_seed = f", To seed: {args.interpolate}" if args.interpolate != args.seed else ""
+    return f", Interpolation: {k / (args.num_images - 1):.3g}{to_prompt}{to_seed}"
+
+
+@torch.no_grad()
+def picture_edit(args, cfg, vae, device):
+    """-> the `edit` of sample() that begins with --init_image and repaints what is white in --mask."""
+    import data
+
+    def read(flag, path):
+        try:
+            return data.read_picture(path, args.size[::-1] if args.size else [cfg.image_size] * 2, cfg.resize)
+        except Exception as e:  # decoders raise many kinds
+            why = getattr(e, "strerror", None) or e
+            raise errors.UserError(f"{flag} {path}: {why}; give a JPEG, PNG, WebP or AVIF that can be read") from None
+
+    picture, (width, height) = read("--init_image", args.init_image)
+    x = data.to_float(torch.from_numpy(data.to_array(picture))[None], device)
+    (z0,), _ = vae.encode(x)  # the mean: the same each time
+    repaint = torch.tensor(True)
+    if args.mask is not None:
+        mask, (w, h) = read("--mask", args.mask)
+        if abs(w * height - h * width) > 0.01 * width * h:
+            what = f"{w} x {h} pixels are of another shape than the {width} x {height} of --init_image"
+            raise errors.UserError(f"--mask {args.mask}: {what}; give a mask of the picture's size")
+        repaint = latent_mask(torch.from_numpy(np.asarray(mask.convert("L")) >= 128), z0)
+    return partial(from_picture, z0=z0, strength=args.strength, repaint=repaint.to(device))
+
+
+def warn_of_unknown_words(cfg, prompts):
+    words = ", ".join(unknown_words(" ".join(prompts)))[:100]
+    if cfg.dataset == "scenes" and words:
+        print(f"warning: no painted scene has {words!r}; python scenes.py --words lists all words", file=sys.stderr)
+
+
+def typed_prompts():
+    """Prompts as they are typed, up to an empty line or Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, input() then knows the arrow keys
+    sys.stdin.reconfigure(errors="replace")
+    with contextlib.suppress(EOFError):
+        while prompt := input("prompt (nothing to end): ").strip():
+            yield prompt
 
 
 def parse_args():
@@ -98,15 +209,34 @@ def parse_args():
     add("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")
     add("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
     add("--vae", metavar="RUN_DIR", help="decode with this run's VAE, made by train_vae.py --finetune_decoder_of")
+    add("--init_image", metavar="FILE", help="begin with this picture, cut or squeezed as the run's training pictures")
+    add("--strength", type=float, help="of --init_image: 0 keeps it, 1 forgets it (default: 0.75; with --mask 1)")
+    add("--mask", metavar="FILE", help="repaint --init_image where this is white or transparent, keep it where black")
+    what = "the pictures lead from the first prompt to the second, or from --seed to SEED, or both"
+    add("--interpolate", type=int, nargs="?", const=-1, metavar="SEED", help=what)
+    add("--steps_strip", action="store_true", help="also a strip and an animation of how the pictures emerge")
     add("--out", help="folder for the pictures (default: <run_dir>/samples)")
     args = parser.parse_args()
-    if not (args.prompt or args.prompts_file or args.export):
+    typed = args.export is None and sys.stdin and sys.stdin.isatty()
+    if not (args.prompt or args.prompts_file or args.export or typed):
         parser.error("--prompt: is missing; give a prompt in quotes, a --prompts_file, or a folder with --export DIR")
     for name, value in vars(args).items() if args.export else ():
         if name not in ("export", "run_dir", "epoch", "ema", "text_encoder") and value != parser.get_default(name):
             parser.error(f"--{name}: --export does not use it")
     if not 0 <= args.seed <= MAX_SEED - args.num_images:
         parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")
+    for name in ("strength", "mask"):
+        if getattr(args, name) is not None and args.init_image is None:
+            parser.error(f"--{name}: goes with --init_image FILE, which is missing")
+    if args.strength is None:
+        args.strength = 1.0 if args.init_image is None or args.mask is not None else 0.75
+    if not 0 <= args.strength <= 1:
+        parser.error(f"--strength: {args.strength} is out of range; give 0 to 1")
+    args.interpolate = args.seed if args.interpolate == -1 else args.interpolate
+    if args.interpolate is not None and not 0 <= args.interpolate <= MAX_SEED:
+        parser.error(f"--interpolate: {args.interpolate} is no seed; give 0 to {MAX_SEED}")
+    if args.interpolate is not None and args.num_images < 2:
+        parser.error("--interpolate: has two ends; give --num_images 2 or more")
     return args
 
 
@@ -140,25 +270,35 @@ def parameters(prompt, options, seed, image, model_name):
 
 
 def quoted(value):
-    """As the web UI writes a setting: in JSON's quotes if it holds what could be taken for its end."""
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"') else value
+    """As the web UI writes a setting: in JSON's quotes if it holds what could be taken for its end.
+
+    Commas and colons are escaped as well, because many readers cut at each, in quotes or not.
+    """
+    if not any(c in value for c in ',:"'):
+        return value
+    return json.dumps(value, ensure_ascii=False).replace(",", r"\u002c").replace(":", r"\u003a")
 
 
 def save_png(folder, prompt, ending, image, text):
     """Save (3, H, W) in [0, 1] under a free name made from the prompt -> the path."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text.encode("utf-8", "replace").decode())
+    return save(folder, prompt, ending, "png", show.png_bytes(image, pnginfo=info))
+
+
+def save(folder, prompt, ending, kind, data):
+    """Save bytes under a free name made from the prompt -> the path."""
     slug = "-".join(words_of(prompt.replace("_", " "), version=1))[:60].encode()[:150].decode(errors="ignore")
     slug = slug.strip("-") or "prompt"
-    path = free_name(os.path.join(folder, f"{slug}_{ending}"))
-    files.write_file(path, show.png_bytes(image, pnginfo=info))
+    path = free_name(os.path.join(folder, f"{slug}_{ending}"), kind)
+    files.write_file(path, data)
     return path
 
 
-def free_name(stem):
+def free_name(stem, kind):
     """A path that is not taken. Makes the .tmp that write_file() will fill: another sample.py then takes another name."""
     for number in itertools.count(1):
-        path = f"{stem}{f'_{number}' if number > 1 else ''}.png"
+        path = f"{stem}{f'_{number}' if number > 1 else ''}.{kind}"
         with contextlib.suppress(FileExistsError):
             open(f"{path}.tmp", "xb").close()
             if not os.path.exists(path):

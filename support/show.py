@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from support.files import write_file
 
+FRAME_MS, LAST_FRAME_MS = 250, 2000  # how long an animation shows its frames, and its last one
+
 
 def progress_bar(what):
     """-> start(total, done), for work that may have nothing left to do and then shows nothing."""
@@ -127,6 +129,14 @@ def png_bytes(x, **options):
     """x: (3, H, W) in [0, 1] -> the bytes of a PNG."""
     data = io.BytesIO()
     to_pil(x).save(data, format="PNG", **options)
+    return data.getvalue()
+
+
+def webp_bytes(frames):
+    """Frames, (3, H, W) in [0, 1] each -> the bytes of an animated WebP, lossless, that repeats for ever."""
+    data, (first, *others) = io.BytesIO(), map(to_pil, frames)
+    duration = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
+    first.save(data, format="WEBP", save_all=True, append_images=others, duration=duration, loop=0, lossless=True)
     return data.getvalue()
 
 

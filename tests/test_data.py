@@ -21,6 +21,7 @@ from data import (
     number_captions,
     open_dataset,
     read_captions,
+    read_picture,
     read_pictures,
     read_square,
 )
@@ -231,6 +232,25 @@ def test_a_turned_photograph_is_set_upright(tmp_path):
     x.save(tmp_path / "x.jpg", exif=exif, quality=95)
     upright = read_square(tmp_path / "x.jpg", 8)
     assert max(upright.getpixel((4, 1))) < 30 and min(upright.getpixel((4, 6))) > 225
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "squeeze"])
+@pytest.mark.parametrize(
+    "mode, ending", [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("LA", "png"), ("I;16", "png")]
+)
+def test_pictures_to_start_from_are_those_of_training(tmp_path, mode, ending, resize):
+    noise, exif = np.random.RandomState(0).randint(0, 255, (30, 50, 4), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6  # a quarter turned
+    image = (
+        Image.fromarray(noise[..., 0].astype(np.uint16) << 8)
+        if mode == "I;16"
+        else Image.fromarray(noise).convert(mode)
+    )
+    image.save(tmp_path / f"x.{ending}", exif=exif)
+    found, size = read_picture(tmp_path / f"x.{ending}", (24, 24), resize)
+    assert size == (30, 50) and found.tobytes() == read_square(tmp_path / f"x.{ending}", 24, resize).tobytes()
+    wide, _ = read_picture(tmp_path / f"x.{ending}", (32, 16), resize)
+    assert (wide.size, wide.mode) == ((32, 16), "RGB")
 
 
 def spoil(path, how):

@@ -183,6 +183,16 @@ COPIES = {
     "one step of the sampler too few": Copy(
         "samplers.py", "zip(range(len(a) - 1), a, b", "zip(range(len(a) - 2), a, b", "test_samplers.py", "ddim_equals"
     ),
+    "the model does not see what is kept": Copy(
+        "edit.py", "torch.where(repaint, z, noised(first + i))", "z", "test_edit.py", "model_sees_the_picture and euler"
+    ),
+    "strength counts from the other end": Copy(
+        "edit.py",
+        "n - round(strength * n)",
+        "round(strength * n)",
+        "test_edit.py",
+        "ddim_from_a_picture_equals and 0.6",
+    ),
     "half an export has the name": Copy(
         "support/export.py", 'new = f"{folder}.{os.getpid()}.tmp"', "new = folder", "test_export.py", "is_killed"
     ),

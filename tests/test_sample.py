@@ -1,5 +1,6 @@
 """Promises of sample.py, from outside: its files, what they say of themselves, its answers to mistakes."""
 
+import io
 import itertools
 import json
 import os
@@ -13,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, forge, sign
+from conftest import ROOT, SAMPLE, assert_one_line_error, forge, sign
 from PIL import Image
+from test_faults import photo
 
 import sample as script
 
@@ -193,6 +195,44 @@ def test_the_name_of_another_runs_vae_is_whole_where_others_read_it(tiny_run, tm
     assert text.endswith("VAE: sharp, Eta: 1.0") == (name == "sharp")  # quotes stand only where they are needed
 
 
+def read_by_sd_parsers(path):
+    """-> prompt, negative prompt, {setting: value}. It cuts settings at every comma, in quotes or not."""
+    found = pytest.importorskip("sd_parsers").ParserManager().parse(path)
+    (sampler,) = found.samplers
+    texts = ["".join(p.value for p in prompts) for prompts in (sampler.prompts, sampler.negative_prompts)]
+    settings = {"Sampler": sampler.name, "Model": sampler.model.name} | found.metadata
+    return *texts, settings | {"Steps": sampler.parameters["steps"], "Seed": sampler.parameters["seed"]}
+
+
+def read_by_sd_geninfo(path):
+    """-> the same. It cuts settings at commas outside of quotes, and takes each for YAML."""
+    reader = pytest.importorskip("sd_geninfo.sd_geninfo")
+    with Image.open(path) as image:
+        text, _ = reader.read_geninfo(image)
+    prompt, negative, *settings = reader.parse_geninfo(text).split("\n")
+    settings = dict(line.split(": ", 1) for line in settings)
+    return prompt.removeprefix("Positive prompt: "), negative.removeprefix("Negative prompt: "), settings
+
+
+@pytest.mark.parametrize("reader", [read_by_sd_parsers, read_by_sd_geninfo])
+@pytest.mark.parametrize(
+    "prompt", ["a red bus", 'a "red", big: bus', "x: y, Steps: 3, Seed: 9", "caf\u00e9\n\u7ea2\u8272"]
+)
+@pytest.mark.parametrize("name", ["sharp", "sharp, Model: two", 'a "quoted" one', "back\\slash, comma"])
+def test_public_readers_read_what_was_written(tmp_path, reader, prompt, name):
+    """Programs that others have made, of a pinned version: whatever a prompt or a name holds, all settings are whole."""
+    options = {"num_steps": 4, "sampler": "ddpm", "guidance_scale": 3.0, "guidance_interval": (0, 1)}
+    options |= {"negative_prompt": 'a dog, "x": y', "eta": 0, "guidance_rescale": 0}
+    image = torch.zeros(3, 8, 16)
+    text = script.parameters(prompt, options, 5, image, f"unet_ckpt2, VAE: {script.quoted(name)}")
+    found = reader(script.save_png(tmp_path, "x", "seed5", image, text))
+    assert found[:2] == (" ".join(prompt.split()), options["negative_prompt"])
+    shown = {"Steps": "4", "Sampler": "DDPM", "Seed": "5", "Size": "16x8", "Model": "unet_ckpt2"}
+    assert shown.items() <= found[2].items()
+    value = found[2]["VAE"]
+    assert (json.loads(value) if value.startswith('"') else value) == name
+
+
 def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
     command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path]
     prompts = ["--prompt", "a red bus, a kitten", "--prompt", "A blue house at night"]
@@ -243,6 +283,207 @@ def test_a_file_without_prompts_is_named_before_anything_is_loaded(tmp_path, run
     assert_one_line_error(result, 1, "--prompts_file p.txt", what)
 
 
+# ---- Strips ----
+
+
+def columns_of(path, side=32):
+    """The pictures of a grid file, row by row: (rows, columns, side, side, 3)."""
+    with Image.open(path) as image:
+        grid = np.asarray(image.convert("RGB"))[2:, 2:]
+    rows, columns = grid.shape[0] // (side + 2), grid.shape[1] // (side + 2)
+    return grid.reshape(rows, side + 2, columns, side + 2, 3)[:, :side, :, :side].transpose(0, 2, 1, 3, 4)
+
+
+def test_a_strip_and_an_animation_show_how_the_pictures_emerge(tiny_run, tmp_path, run_here):
+    """Its last column and frame are the pictures themselves, which are what they are without the flag."""
+    command = ["--run_dir", "run", "--prompt", "a red bus", "--steps", 20, "--num_images", 3]
+    assert run_here("sample.py", *command, "--out", tmp_path / "plain", cwd=tiny_run).returncode == 0
+    for _ in range(2):
+        result = run_here("sample.py", *command, "--steps_strip", "--out", tmp_path / "out", cwd=tiny_run)
+        assert result.returncode == 0, result.stderr
+    names = {f"a-red-bus_steps{n}.{kind}" for n in ("", "_2") for kind in ("png", "webp")}
+    assert {p.name for p in (tmp_path / "out").glob("*steps*")} == names
+    for name in ("seed0", "seed1", "seed2", "grid"):
+        assert (tmp_path / f"out/a-red-bus_{name}.png").read_bytes() == (
+            tmp_path / f"plain/a-red-bus_{name}.png"
+        ).read_bytes()
+    strip = columns_of(tmp_path / "out/a-red-bus_steps.png")
+    assert strip.shape[:2] == (3, 9)
+    with (
+        Image.open(tmp_path / "out/a-red-bus_steps.webp") as movie,
+        Image.open(tmp_path / "out/a-red-bus_grid.png") as grid,
+    ):
+        frames = []
+        for i in range(movie.n_frames):
+            movie.seek(i)
+            frames.append(np.asarray(movie.convert("RGB")))
+        assert len(frames) == 9 and (frames[-1] == np.asarray(grid)).all() and (frames[0] != frames[-1]).any()
+        assert (frames[4][2:34, 2:34] == strip[0, 4]).all() and (frames[4][2:34, 36:68] == strip[1, 4]).all()
+    for i in range(3):
+        with Image.open(tmp_path / f"out/a-red-bus_seed{i}.png") as image:
+            assert (np.asarray(image) == strip[i, -1]).all()
+    with Image.open(tmp_path / "out/a-red-bus_steps.png") as image:
+        assert image.text["parameters"].startswith("a red bus\nSteps: 20")
+
+
+@pytest.mark.parametrize("steps, columns", [(1, 1), (2, 2), (3, 3), (9, 9), (12, 9)])
+def test_a_strip_of_few_steps_shows_each_once(tiny_run, tmp_path, run_here, steps, columns):
+    """The x0 of the last step is the picture."""
+    command = ["--run_dir", "run", "--prompt", "x", "--steps", steps, "--num_images", 2, "--steps_strip"]
+    assert run_here("sample.py", *command, "--out", tmp_path, cwd=tiny_run).returncode == 0
+    assert columns_of(tmp_path / "x_steps.png").shape[:2] == (2, columns)
+
+
+# ---- Typed prompts ----
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal on which somebody has typed some bytes."""
+
+    def __init__(self, typed):
+        super().__init__(io.BytesIO(typed), encoding="utf-8")
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("end", [b"\n", b"", b"a dog\xff\n"], ids=["empty line", "Ctrl-D", "bytes that are no text"])
+def test_prompts_are_typed_one_by_one_with_the_models_loaded_once(tiny_run, tmp_path, run_here, monkeypatch, end):
+    loads, real = [], script.models.load_models
+    monkeypatch.setattr(script.models, "load_models", lambda *a: loads.append(a) or real(*a))
+    monkeypatch.setattr(sys, "stdin", Terminal("a red bus\n caf\u00e9, \x1b[31m kitten \n".encode() + end))
+    command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path]
+    result = run_here("sample.py", *command, cwd=tiny_run)
+    assert result.returncode == 0, result.stderr
+    expected = ["a-red-bus_seed0.png", "caf\u00e9-31m-kitten_seed0.png"] + ["a-dog_seed0.png"] * end.startswith(b"a")
+    assert sorted(p.name for p in tmp_path.glob("*_seed0.png")) == sorted(expected)
+    assert len(loads) == 1 and "\x1b" not in result.stdout + result.stderr
+    assert result.stderr.count("no painted scene has") == len(expected) - 1 - end.startswith(b"a")
+    assert (
+        run_here("sample.py", *command, "--prompt", "a red bus", "--out", tmp_path / "a", cwd=tiny_run).returncode == 0
+    )
+    assert (tmp_path / "a/a-red-bus_seed0.png").read_bytes() == (tmp_path / "a-red-bus_seed0.png").read_bytes()
+
+
+def test_a_typed_prompt_that_fails_is_one_line_and_the_next_is_asked_for(tiny_run, tmp_path, run_here, monkeypatch):
+    real = script.save_png
+
+    def full_disk(folder, prompt, *rest):
+        if prompt == "x":
+            raise script.errors.UserError("x_seed0.png: could not be written; make room")
+        return real(folder, prompt, *rest)
+
+    monkeypatch.setattr(script, "save_png", full_disk)
+    monkeypatch.setattr(sys, "stdin", Terminal(b"x\ny\n"))
+    result = run_here(*SAMPLE[:1], *SAMPLE[3:], "--out", tmp_path, cwd=tiny_run)
+    assert result.returncode == 0 and "error: x_seed0.png: could not be written; make room\n" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["y_grid.png", "y_seed0.png"]
+
+
+# ---- Pictures from pictures ----
+
+
+@pytest.fixture
+def car(tmp_path):
+    """A picture and a mask of its left half, both wider than high."""
+    pixels = np.random.RandomState(0).randint(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC).save(tmp_path / "my, car.png")
+    mask = Image.new("L", (180, 120))
+    mask.paste(255, (0, 0, 90, 120))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [(), ("--size", 32, 64)])
+def test_strength_and_mask_lead_from_the_reconstruction_to_plain_sampling(tiny_run, car, run_here, size):
+    cfg, _, vae, *_ = script.models.load_models(str(tiny_run / "run"), False, torch.device("cpu"))
+    with Image.open(car / "my, car.png") as image:  # 90 x 60: the middle 60 x 60, or 90 x 45
+        box = (0, 7.5, 90, 52.5) if size else (15, 0, 75, 60)
+        image = image.resize((64, 32) if size else (32, 32), Image.Resampling.BICUBIC, box=box)
+    with torch.no_grad():
+        mu, _ = vae.encode(torch.from_numpy(np.asarray(image) / 127.5 - 1).float().permute(2, 0, 1)[None])
+        expected = vae.decoder(mu)[0].permute(1, 2, 0).numpy()
+    expected = np.round((expected.clip(-1, 1) + 1) * 127.5)
+
+    def pixels(name, *words):
+        return pixels_of(run_here, tiny_run, car / name, "--steps", 5, "--sampler", "ddim", *size, *words)
+
+    begin = ("--init_image", car / "my, car.png")
+    Image.new("RGB", (90, 60)).save(car / "black.png")
+    Image.new("RGBA", (90, 60)).save(car / "clear.png")
+    found, text = pixels("zero", *begin, "--strength", 0)
+    assert np.abs(found - expected).max() <= 1 and expected.std() > 1
+    assert np.abs(pixels("black", *begin, "--mask", car / "black.png")[0] - expected).max() <= 1
+    assert settings_of(text)["Denoising strength"] == "0" and settings_of(text)["Init image"] == "my, car.png"
+    plain = pixels("plain")[0]
+    some, text = pixels("some", *begin)
+    assert settings_of(text)["Denoising strength"] == "0.75" and (some != plain).any() and (some != found).any()
+    assert (pixels("one", *begin, "--strength", 1)[0] == plain).all()
+    assert (pixels("clear", *begin, "--mask", car / "clear.png")[0] == plain).all()
+    assert (pixels("clear some", *begin, "--mask", car / "clear.png", "--strength", 0.75)[0] == some).all()
+    left, text = pixels("left", *begin, "--mask", car / "mask.png")
+    assert settings_of(text)["Denoising strength"] == "1" and settings_of(text)["Mask"] == "mask.png"
+    width = left.shape[1]
+    nearer = np.abs(left - plain).mean(axis=(0, 2)) < np.abs(left - found).mean(axis=(0, 2))
+    assert nearer[: width // 4].mean() > 0.9 and nearer[-width // 4 :].mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    "flag, content, words",
+    [
+        ("--init_image", None, ("No such file",)),
+        ("--init_image", "", ("No such file",)),
+        ("--init_image", b"", ("cannot identify",)),
+        ("--init_image", b"\x89PNG\r\n\x1a\n", ("give a JPEG, PNG, WebP or AVIF",)),
+        ("--mask", None, ("No such file",)),
+        ("--mask", b"<html>", ("cannot identify",)),
+        ("--mask", photo(size=(60, 60)), ("60 x 60", "90 x 60")),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_named(tiny_run, car, run_here, flag, content, words):
+    path = car / "odd.png" if content != "" else ""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    begin = ("--init_image", car / "my, car.png") if flag == "--mask" else ()
+    result = run_here(*SAMPLE, *begin, flag, path, "--out", car / "out", cwd=tiny_run)
+    assert_one_line_error(result, 1, f"{flag} {path}", *words)
+    assert not (car / "out").exists()
+
+
+# ---- Interpolation ----
+
+
+def test_ways_between_prompts_and_seeds_end_in_the_pictures_of_plain_sampling(tiny_run, tmp_path, run_here):
+    command = ["--run_dir", "run", "--steps", 3, "--num_images", 4]
+
+    def pictures(name, *words):
+        result = run_here("sample.py", *command, *words, "--out", tmp_path / name, cwd=tiny_run)
+        assert result.returncode == 0, result.stderr
+        found = sorted(p for p in (tmp_path / name).iterdir() if "grid" not in p.name)
+        return [np.asarray(Image.open(p)).astype(int) for p in found], [Image.open(p).text["parameters"] for p in found]
+
+    ends, _ = pictures("plain", "--prompt", "a red bus", "--seed", 5)
+    others, _ = pictures("others", "--prompt", "a dog, asleep", "--seed", 5)
+    prompts, texts = pictures("prompts", "--prompt", "a red bus", "a dog, asleep", "--interpolate", "--seed", 5)
+    seeds, seed_texts = pictures("seeds", "--prompt", "a red bus", "--seed", 5, "--interpolate", 8)
+    both, both_texts = pictures("both", "--prompt", "a red bus", "a dog, asleep", "--seed", 5, "--interpolate", 8)
+    for found, first, last in ((prompts, ends[0], others[0]), (seeds, ends[0], ends[3]), (both, ends[0], others[3])):
+        assert len(found) == 4 and np.abs(found[0] - first).max() <= 1 and np.abs(found[3] - last).max() <= 1
+        assert (found[1] != first).any() and (found[2] != last).any()
+    assert sorted(p.name for p in (tmp_path / "both").iterdir())[1:] == [
+        f"a-red-bus_interpolated{k}.png" for k in range(4)
+    ]
+    assert [settings_of(text)["Interpolation"] for text in texts] == ["0", "0.333", "0.667", "1"]
+    assert {settings_of(t)["To prompt"] for t in texts + both_texts} == {"a dog, asleep"}
+    assert {settings_of(t)["To seed"] for t in seed_texts + both_texts} == {"8"} and "To seed" not in texts[0]
+
+
+@pytest.mark.parametrize("prompts", [["x"], ["x", "y", "z"]])
+def test_a_way_needs_two_ends(tiny_run, run_here, prompts):
+    result = run_here(*SAMPLE[:1], *SAMPLE[3:5], "--interpolate", "--prompt", *prompts, cwd=tiny_run)
+    assert_one_line_error(result, 2, "--interpolate", "two prompts", "another seed")
+
+
 # ---- Mistakes ----
 
 
@@ -267,6 +508,12 @@ def test_a_file_without_prompts_is_named_before_anything_is_loaded(tmp_path, run
         (["--size", "33", "32"], "--size"),
         (["--size", "0", "32"], "--size"),
         (["--start", "fitted"], "--start"),
+        (["--strength", "0.5"], "--init_image"),
+        (["--mask", "x.png"], "--init_image"),
+        (["--init_image", "x.png", "--strength", "1.5"], "--strength"),
+        (["--init_image", "x.png", "--strength", "nan"], "--strength"),
+        (["--interpolate", "-2"], "--interpolate"),
+        (["--interpolate", "7", "--num_images", "1"], "--num_images"),
     ],
 )
 def test_flags_out_of_range_or_that_do_not_fit_are_refused(tiny_run, argv, word, run_here):

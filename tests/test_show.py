@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -86,3 +87,18 @@ def test_progress_of_unknown_length_and_of_nothing(capsys):
     assert capsys.readouterr().out.startswith("search: 2/?, ")
     show.progress_bar("read")(0, 0).close()
     assert not capsys.readouterr().out
+
+
+def test_an_animation_keeps_pixels_and_shows_its_last_frame_longest():
+    frames = torch.rand(3, 3, 10, 14)
+    with Image.open(io.BytesIO(show.webp_bytes(frames))) as movie:
+        assert (movie.n_frames, movie.info["loop"]) == (3, 0)
+        times = []
+        for i, frame in enumerate(frames):
+            movie.seek(i)
+            movie.load()
+            times.append(movie.info["duration"])
+            assert np.array_equal(np.asarray(movie.convert("RGB")), np.asarray(show.to_pil(frame)))
+    assert times[0] == times[1] < times[2]
+    with Image.open(io.BytesIO(show.webp_bytes(frames[:1]))) as still:  # of a single step
+        assert np.array_equal(np.asarray(still.convert("RGB")), np.asarray(show.to_pil(frames[0])))
