@@ -161,7 +161,7 @@ def sampling_grid(process, num_steps):
 @torch.no_grad()
 def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_samples=4, *, process=None, sampler=None,
            eta=0.0, guidance_scale=1.0, negative_prompt="", guidance_interval=(0.0, 1.0),
-           guidance_rescale=0.0, size=None, seeds=None):  # fmt: skip
+           guidance_rescale=0.0, size=None, seeds=None, watch=None):  # fmt: skip
     """Pictures of a prompt -> (num_samples, 3, H, W) in [0, 1]. ValueError if the arguments do not go together.
 
     prompt: one string for all samples, or a list of num_samples strings.
@@ -174,6 +174,8 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     size: (height, width) in pixels; by default as in training.
     seeds: one integer per sample; apart from rounding, its picture then depends on neither the batch nor the device.
     Without seeds PyTorch's global generator draws.
+    watch: called as watch(i, x0) after each call of the model at level i, with the guided x0 (num_samples, C, h, w), a
+    latent that decode(vae, x0) shows. heun comes to most levels twice.
     """
     device = next(unet.parameters()).device
     process = process or make_process()
@@ -189,6 +191,7 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     guidance = (guidance_scale, negative_prompt, guidance_interval, guidance_rescale)
     denoise = guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t, *guidance)
     draw_noise = noise_source(latent_shape(unet, vae, size), num_samples, device, seeds)
+    denoise = watched(denoise, watch) if watch else denoise
     z = run_sampler(denoise, draw_noise(), a, b, draw_noise)
     del denoise  # frees what a CUDA graph keeps on the GPU
     return decode(vae, z)
@@ -229,6 +232,17 @@ def guided_denoiser(
     return denoise
 
 
+def watched(denoise, watch):
+    """-> the same denoise(z, i), which also tells watch(i, x0) what it found."""
+
+    def call(z, i):
+        x0, eps = denoise(z, i)
+        watch(i, x0)
+        return x0, eps
+
+    return call
+
+
 def guide(unet, z, t_emb, cond, uncond, w):
     """Classifier-free guidance (Ho & Salimans, Eq. 6, whose w is our w - 1) -> the guided prediction, and that for
     cond alone: shape of z each.
@@ -254,6 +268,7 @@ def latent_shape(unet, vae, size=None):
     return (unet.latent_shape[0], *(side // vae_factor for side in size))
 
 
+@torch.no_grad()
 def decode(vae, z):
     """Latents (N, C, h, w) -> pictures (N, 3, H, W) in [0, 1], a bounded number of pixels at a time."""
     pixels = z[0, 0].numel() * 4 ** (len(vae.decoder.up_blocks) - 1)

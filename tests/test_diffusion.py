@@ -15,6 +15,7 @@ from diffusion import (
     add_noise,
     baab,
     configured_process,
+    decode,
     draw_times,
     drop_captions,
     guided_denoiser,
@@ -314,6 +315,21 @@ def test_eta_and_the_name_of_the_sampler_reach_the_samplers(models):
     choices = ({"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "dpmpp_2m"})
     pictures = [sample(*models, "a cat", 5, 1, seeds=[0], process=make_process("epsilon", 20), **c) for c in choices]
     assert all((x - y).abs().max() > 1e-4 for i, x in enumerate(pictures) for y in pictures[:i])
+
+
+@pytest.mark.parametrize("name, process, levels", [
+    ("ddim", make_process("epsilon", 20), [0, 1, 2, 3]), ("dpmpp_2m", make_process("v_prediction", 20), [0, 1, 2, 3]),
+    ("euler", make_process("flow", 20), [0, 1, 2, 3]), ("heun", make_process("flow", 20), [0, 1, 1, 2, 2, 3, 3]),
+])  # fmt: skip
+def test_whoever_watches_sees_each_guided_x0_and_changes_nothing(models, name, process, levels):
+    """The last x0, decoded, is the picture: the last step of these samplers leads there."""
+    seen = []
+    options = dict(process=process, sampler=name, guidance_scale=2.0, seeds=[3, 4])
+    x = sample(*models, "a cat", 4, 2, **options, watch=lambda i, x0: seen.append((i, x0)))
+    assert torch.equal(x, sample(*models, "a cat", 4, 2, **options))
+    assert [i for i, _ in seen] == levels and {x0.shape for _, x0 in seen} == {(2, *models[0].latent_shape)}
+    torch.testing.assert_close(decode(models[1], seen[-1][1]), x)
+    assert (decode(models[1], seen[0][1]) - x).abs().max() > 1e-3
 
 
 def test_pictures_are_decoded_a_bounded_number_of_pixels_at_a_time(models, monkeypatch):
