@@ -6,7 +6,8 @@
   python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   for sample.py --vae
 
 Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
-vae_curves.png, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions.
+vae_curves.png, vae_pictures_epoch{E}.png: held-out pictures above their reconstructions; and report.html, which shows
+all of them.
 What it is not: it never looks at captions. Loss and model are in vae.py, every setting in config.py.
 """
 
@@ -19,6 +20,7 @@ import training
 from support import checkpoint, devices, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import run_script
+from support.report import write_report
 from support.signals import command_line
 from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
@@ -93,7 +95,7 @@ def main():
             run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_reconstructions(vae, held_out, device, cfg, run, epoch)
-            draw_curves(run)
+            draw_run(run)
         state.epoch = epoch
         run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
 
@@ -150,10 +152,11 @@ def show_reconstructions(vae, held_out, device, cfg, run, epoch):
     """The same held-out pictures at every epoch, above their reconstructions: decoded from mu, not from a drawn z."""
     x = data.to_float(held_out[:GRID_PICTURES], device)
     x_hat = torch.cat([vae.decoder(vae.encode(part)[0]) for part in x.split(pictures_per_pass(cfg.image_size**2))])
-    show.save_grid(run.path(f"vae_pictures_epoch{epoch}.png"), (torch.cat([x, x_hat]) + 1) / 2, columns=len(x))
+    run.show("pictures", epoch, (torch.cat([x, x_hat]) + 1) / 2, columns=len(x))
 
 
-def draw_curves(run):
+def draw_run(run):
+    """The curves, and the report of all that is there by now."""
     train, held_out = (show.read_csv(run.path(f"vae_{name}.csv")) for name in ("train", "held_out"))
     latents = {what: (held_out["step"], held_out[f"latent_{what}"]) for what in ("mean", "std")}
     panels = {
@@ -162,6 +165,7 @@ def draw_curves(run):
         "latents, held-out": latents,
     }
     show.plot_curves(run.path("vae_curves.png"), panels)
+    write_report(run.dir)
 
 
 def next_command(cfg, args, run):

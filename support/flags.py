@@ -134,12 +134,26 @@ def check_sources(cfg, run_dir, stage):
 
 def flags_to_hand_on(given):
     """What of the command line of train_vae.py the U-Net of this VAE needs too -> [words]."""
+    return flag_words({name: value for name, value in given.items() if name not in VAE_TRAINING.split()})
+
+
+def flag_words(given):
     words = []
     for name, value in given.items():
-        if name not in VAE_TRAINING.split():
-            values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-            words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
+        values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+        words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
     return words
+
+
+def training_command(kind, run_dir, manifest):
+    """A command with the settings of a training's manifest; it states what its preset does not."""
+    cfg, preset = manifest["cfg"], manifest.get("preset")
+    preset = preset if preset in PRESETS else "coco"
+    usual = preset_config(preset, kind)
+    given = {name: getattr(cfg, name) for name in SETTINGS if getattr(cfg, name) != getattr(usual, name)}
+    if steps := manifest["settings"].get("max_steps"):
+        given["max_steps"] = steps
+    return command_line("python", f"train_{kind}.py", "--preset", preset, "--run_dir", run_dir, *flag_words(given))
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------
