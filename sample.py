@@ -140,8 +140,13 @@ def parameters(prompt, options, seed, image, model_name):
 
 
 def quoted(value):
-    """As the web UI writes a setting: in JSON's quotes if it holds what could be taken for its end."""
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"') else value
+    """As the web UI writes a setting: in JSON's quotes if it holds what could be taken for its end.
+
+    Commas and colons are escaped as well, because many readers cut at each, in quotes or not.
+    """
+    if not any(c in value for c in ',:"'):
+        return value
+    return json.dumps(value, ensure_ascii=False).replace(",", r"\u002c").replace(":", r"\u003a")
 
 
 def save_png(folder, prompt, ending, image, text):

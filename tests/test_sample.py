@@ -193,6 +193,44 @@ def test_the_name_of_another_runs_vae_is_whole_where_others_read_it(tiny_run, tm
     assert text.endswith("VAE: sharp, Eta: 1.0") == (name == "sharp")  # quotes stand only where they are needed
 
 
+def read_by_sd_parsers(path):
+    """-> prompt, negative prompt, {setting: value}. It cuts settings at every comma, in quotes or not."""
+    found = pytest.importorskip("sd_parsers").ParserManager().parse(path)
+    (sampler,) = found.samplers
+    texts = ["".join(p.value for p in prompts) for prompts in (sampler.prompts, sampler.negative_prompts)]
+    settings = {"Sampler": sampler.name, "Model": sampler.model.name} | found.metadata
+    return *texts, settings | {"Steps": sampler.parameters["steps"], "Seed": sampler.parameters["seed"]}
+
+
+def read_by_sd_geninfo(path):
+    """-> the same. It cuts settings at commas outside of quotes, and takes each for YAML."""
+    reader = pytest.importorskip("sd_geninfo.sd_geninfo")
+    with Image.open(path) as image:
+        text, _ = reader.read_geninfo(image)
+    prompt, negative, *settings = reader.parse_geninfo(text).split("\n")
+    settings = dict(line.split(": ", 1) for line in settings)
+    return prompt.removeprefix("Positive prompt: "), negative.removeprefix("Negative prompt: "), settings
+
+
+@pytest.mark.parametrize("reader", [read_by_sd_parsers, read_by_sd_geninfo])
+@pytest.mark.parametrize(
+    "prompt", ["a red bus", 'a "red", big: bus', "x: y, Steps: 3, Seed: 9", "caf\u00e9\n\u7ea2\u8272"]
+)
+@pytest.mark.parametrize("name", ["sharp", "sharp, Model: two", 'a "quoted" one', "back\\slash, comma"])
+def test_public_readers_read_what_was_written(tmp_path, reader, prompt, name):
+    """Programs that others have made, of a pinned version: whatever a prompt or a name holds, all settings are whole."""
+    options = {"num_steps": 4, "sampler": "ddpm", "guidance_scale": 3.0, "guidance_interval": (0, 1)}
+    options |= {"negative_prompt": 'a dog, "x": y', "eta": 0, "guidance_rescale": 0}
+    image = torch.zeros(3, 8, 16)
+    text = script.parameters(prompt, options, 5, image, f"unet_ckpt2, VAE: {script.quoted(name)}")
+    found = reader(script.save_png(tmp_path, "x", "seed5", image, text))
+    assert found[:2] == (" ".join(prompt.split()), options["negative_prompt"])
+    shown = {"Steps": "4", "Sampler": "DDPM", "Seed": "5", "Size": "16x8", "Model": "unet_ckpt2"}
+    assert shown.items() <= found[2].items()
+    value = found[2]["VAE"]
+    assert (json.loads(value) if value.startswith('"') else value) == name
+
+
 def test_words_that_no_scene_has_are_warned_of(tiny_run, tmp_path, run_here):
     command = ["--run_dir", "run", "--steps", 1, "--num_images", 1, "--out", tmp_path]
     prompts = ["--prompt", "a red bus, a kitten", "--prompt", "A blue house at night"]
