@@ -190,24 +190,35 @@ def add_sampling_flags(parser):
 
 def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
+    try:
+        options = check_sampling(args, cfg)
+    except UserError as e:
+        usage_error(e)
+    if warning := guidance_warning(options, cfg):
+        print(f"warning: {warning}", file=sys.stderr)
+    return options
+
+
+def check_sampling(args, cfg):
+    """The flags as arguments of sample(); UserError if they do not fit the run or each other."""
     steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
     guidance = {name: getattr(cfg, name) for name in GUIDANCE} | given_settings(args, GUIDANCE)
     scale = guidance["guidance_scale"]
     ddim = "leave it out" if flow else "give --sampler ddim, or leave it out"
+    check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
+    check(0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1")
+    check(args.eta == 0 or args.sampler == "ddim", "eta", f"is read by ddim alone; {ddim}")
+    replace(cfg, **guidance, caption_dropout=cfg.caption_dropout or 1.0)  # where it was 0, there is a warning below
+    lacking = "acts by guidance alone; give a --guidance_scale above 1"
+    check(scale != 1 or not args.negative_prompt, "negative_prompt", lacking)
     try:
-        check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
-        check(0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1")
-        check(args.eta == 0 or args.sampler == "ddim", "eta", f"is read by ddim alone; {ddim}")
-        replace(cfg, **guidance, caption_dropout=cfg.caption_dropout or 1.0)  # where it was 0, there is a warning below
-        lacking = "acts by guidance alone; give a --guidance_scale above 1"
-        check(scale != 1 or not args.negative_prompt, "negative_prompt", lacking)
         sampler = choose_sampler(cfg.prediction_type, args.sampler)
-    except UserError as e:
-        usage_error(e)
     except ValueError as e:
-        usage_error(f"--sampler: {e}")
-    if scale != 1 and not cfg.caption_dropout:
-        nothing = "the run was trained without --caption_dropout; guidance has nothing to compare with"
-        print(f"warning: {nothing}", file=sys.stderr)
+        raise UserError(f"--sampler: {e}") from None
     options = {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": scale}
     return options | {"negative_prompt": args.negative_prompt} | guidance
+
+
+def guidance_warning(options, cfg):
+    lacking = options["guidance_scale"] != 1 and not cfg.caption_dropout
+    return "the run was trained without --caption_dropout; guidance has nothing to compare with" if lacking else ""
