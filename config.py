@@ -111,6 +111,7 @@ class SDConfig:
     save_every: int = setting(5, "epochs between checkpoints; the last epoch is always saved", 1, free=True)
     keep_last: int = setting(0, "checkpoints that are kept, the newest so many; 0 = all", 0, free=True)
     save_minutes: float = setting(10.0, "minutes between saves within an epoch; 0 = after every step", 0, free=True)
+    tensorboard: bool = setting(False, "write events for TensorBoard too, where it is installed", free=True)
     sample_prompts: tuple[str, ...] = setting(
         ("a dog on the grass", "a red sports car"), "prompts shown at each epoch", free=True
     )

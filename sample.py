@@ -15,7 +15,6 @@ What it is not: no model, schedule or sampler is here; they come from the run di
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import sys
@@ -25,11 +24,12 @@ import numpy as np
 import torch
 from PIL import PngImagePlugin
 
+import scenes
 from config import MAX_SEED
 from diffusion import configured_process, decode, latent_shape, sample
 from edit import between_prompts, between_seeds, from_picture, latent_mask
-from scenes import unknown_words
 from support import checkpoint, devices, errors, files, flags, models, show
+from support.show import parameters, quoted
 from text_encoder import words_of
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
@@ -174,9 +174,8 @@ def picture_edit(args, cfg, vae, device):
 
 
 def warn_of_unknown_words(cfg, prompts):
-    words = ", ".join(unknown_words(" ".join(prompts)))[:100]
-    if cfg.dataset == "scenes" and words:
-        print(f"warning: no painted scene has {words!r}; python scenes.py --words lists all words", file=sys.stderr)
+    if odd := scenes.warning_of(" ".join(prompts), cfg):
+        errors.warn(odd)
 
 
 def typed_prompts():
@@ -252,31 +251,6 @@ def read_prompts(path):
     if not prompts:
         raise errors.UserError(f"--prompts_file {path}: holds no prompt; write one per line")
     return prompts
-
-
-def parameters(prompt, options, seed, image, model_name):
-    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, the negative prompt, then one line of settings."""
-    prompt, negative = (" ".join(text.split()) for text in (prompt, options["negative_prompt"]))
-    negative = f"Negative prompt: {negative}\n" if options["negative_prompt"] else ""
-    settings = f"Steps: {options['num_steps']}, Sampler: {options['sampler'].upper()}"
-    settings += f", CFG scale: {options['guidance_scale']:g}, Seed: {seed}"
-    settings += f", Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}"
-    settings += f", Eta: {options['eta']}" if options["eta"] else ""
-    if options["guidance_scale"] != 1 and options["guidance_interval"] != (0, 1):
-        settings += ", Guidance interval: {:g} to {:g}".format(*options["guidance_interval"])
-    if options["guidance_scale"] != 1 and options["guidance_rescale"]:
-        settings += f", Guidance rescale: {options['guidance_rescale']:g}"
-    return f"{prompt}\n{negative}{settings}"
-
-
-def quoted(value):
-    """As the web UI writes a setting: in JSON's quotes if it holds what could be taken for its end.
-
-    Commas and colons are escaped as well, because many readers cut at each, in quotes or not.
-    """
-    if not any(c in value for c in ',:"'):
-        return value
-    return json.dumps(value, ensure_ascii=False).replace(",", r"\u002c").replace(":", r"\u003a")
 
 
 def save_png(folder, prompt, ending, image, text):

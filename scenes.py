@@ -81,6 +81,13 @@ def unknown_words(prompt):
     return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in known]
 
 
+def warning_of(prompt, cfg):
+    """What to say of a prompt that asks a run on scenes for what none has; "" if nothing."""
+    words = ", ".join(unknown_words(prompt))[:100]
+    scenes = cfg.dataset == "scenes" and words
+    return f"no painted scene has {words!r}; python scenes.py --words lists all words" if scenes else ""
+
+
 @cache
 def split_combinations(held_out):
     """All (subject, colour, place) in two frozensets: those to train on, and `held_out` others.

@@ -5,8 +5,8 @@
   python train_unet.py --text_encoder DIR  CLIP from a directory instead of the hub
 
 Writes to the run directory: unet_ckpt{E}.pth, t_ember_ckpt{E}.pth (time embedding) and ema_unet_ckpt{E}.pth
-(plain state_dicts), unet_train.csv, unet_held_out.csv, unet_curves.png, and unet_samples_epoch{E}.png:
-the same prompts from the same noise at every epoch.
+(plain state_dicts), unet_train.csv, unet_held_out.csv, unet_curves.png, unet_samples_epoch{E}.png: the same prompts
+from the same noise at every epoch; and report.html, which shows all of them.
 What it is not: more than a loop. Schedule and loss are in diffusion.py, samplers in samplers.py, the model in unet.py,
 every setting in config.py.
 """
@@ -22,6 +22,7 @@ import training
 from support import checkpoint, devices, encoded, flags, models, processes, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import run_script, warn
+from support.report import write_report
 from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
@@ -62,11 +63,10 @@ def main():
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     predict, embed_t = world.data_parallel(unet), world.data_parallel(t_embedder)
     predict = devices.maybe_compile(predict, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
-    start = training.State(0, 0, 0, window=torch.zeros((), device=device))
+    start = training.State(0, 0, 0, torch.zeros((), device=device))
     state = run.resume([unet, t_embedder, ema], optimizer, start, plan)
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)
-    if world.size == 1:
-        gradients = record_cuda_graph(gradients, device, parameters)
+    gradients = record_cuda_graph(gradients, device, parameters) if world.size == 1 else gradients
     guard, progress = training.FiniteGuard(device, run), show.Progress(plan.total_steps, "train_unet", state.step)
 
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
@@ -101,7 +101,7 @@ def main():
             run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_samples((unet, vae, t_embedder, text_encoder), process, autocast, cfg, run, epoch)
-            draw_curves(run)
+            draw_run(run)
             if epoch == plan.last_epoch:
                 warn_if_captions_are_ignored(figures, cfg)
         state.epoch = epoch
@@ -211,10 +211,11 @@ def show_samples(models, process, autocast, cfg, run, epoch):
     steps, seeds = cfg.sample_steps or cfg.timesteps, list(range(len(prompts)))
     with autocast():
         images = diffusion.sample(*models, prompts, steps, len(prompts), process=process, seeds=seeds, **options)
-    show.save_grid(run.path(f"unet_samples_epoch{epoch}.png"), images, columns=SAMPLES_PER_PROMPT)
+    run.show("samples", epoch, images, columns=SAMPLES_PER_PROMPT)
 
 
-def draw_curves(run):
+def draw_run(run):
+    """The curves, and the report of all that is there by now."""
     train, held_out = (show.read_csv(run.path(f"unet_{name}.csv")) for name in ("train", "held_out"))
     losses = {
         "training, at the times drawn": (train["step"], train["loss"]),
@@ -222,6 +223,7 @@ def draw_curves(run):
     }
     rates = {"learning rate": (train["step"], train["lr"])}
     show.plot_curves(run.path("unet_curves.png"), {"loss": losses, "learning rate": rates})
+    write_report(run.dir)
 
 
 def next_command(run):

@@ -6,7 +6,8 @@
   python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   for sample.py --vae
 
 Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
-vae_curves.png, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions.
+vae_curves.png, vae_pictures_epoch{E}.png: held-out pictures above their reconstructions; and report.html, which shows
+all of them.
 What it is not: it never looks at captions. Loss and model are in vae.py, every setting in config.py.
 """
 
@@ -21,6 +22,7 @@ import training
 from support import checkpoint, devices, flags, models, processes, published, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import UserError, run_script
+from support.report import write_report
 from support.signals import command_line
 from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
@@ -65,13 +67,13 @@ def main():
     check_start(cfg, plan)
     autoencode = world.data_parallel(vae)
     autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
-    start = training.State(0, 0, 0, window=torch.zeros(5 if discriminator else 3, device=device))
+    start = training.State(0, 0, 0, torch.zeros(5 if discriminator else 3, device=device))
     state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
     last = vae.decoder.conv_out.weight
     adversary = discriminator and (world.data_parallel(discriminator), discriminator.balance, last)
     gradients = partial(batch_gradients, autoencode, lpips, adversary, optimizer, autocast, cfg, world)
-    if world.size == 1:
-        gradients = record_cuda_graph(gradients, device, checkpoint.parameters_of(optimizer))
+    parameters = checkpoint.parameters_of(optimizer)
+    gradients = record_cuda_graph(gradients, device, parameters) if world.size == 1 else gradients
     guard, progress = training.FiniteGuard(device, run), show.Progress(plan.total_steps, "train_vae", state.step)
 
     for epoch in range(state.epoch + 1, plan.last_epoch + 1):
@@ -102,7 +104,7 @@ def main():
             run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_reconstructions(vae, before, held_out, device, cfg, run, epoch)
-            draw_curves(run)
+            draw_run(run)
         state.epoch = epoch
         run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
 
@@ -177,10 +179,11 @@ def show_reconstructions(vae, before, held_out, device, cfg, run, epoch):
     x = data.to_float(held_out[:GRID_PICTURES], device)
     mu = [vae.encode(part)[0] for part in x.split(pictures_per_pass(cfg.image_size**2))]
     rows = [x, *(torch.cat([decoder(part) for part in mu]) for decoder in (before, vae.decoder) if decoder)]
-    show.save_grid(run.path(f"vae_pictures_epoch{epoch}.png"), (torch.cat(rows) + 1) / 2, columns=len(x))
+    run.show("pictures", epoch, (torch.cat(rows) + 1) / 2, columns=len(x))
 
 
-def draw_curves(run):
+def draw_run(run):
+    """The curves, and the report of all that is there by now."""
     train, held_out = (show.read_csv(run.path(f"vae_{name}.csv")) for name in ("train", "held_out"))
     latents = {what: (held_out["step"], held_out[f"latent_{what}"]) for what in ("mean", "std")}
     panels = {
@@ -189,6 +192,7 @@ def draw_curves(run):
         "latents, held-out": latents,
     }
     show.plot_curves(run.path("vae_curves.png"), panels)
+    write_report(run.dir)
 
 
 def next_command(cfg, args, run):

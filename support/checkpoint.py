@@ -28,8 +28,9 @@ from config import SDConfig
 from support.devices import processor
 from support.errors import UserError, printable, warn
 from support.files import Damaged, entry_of, lock, read_file, remove, write_file
-from support.show import append_csv
+from support.show import append_csv, make_grid, save_grid
 from support.signals import Interrupts
+from support.tensorboard import Board
 from training import State, lr_at
 
 FORMAT = 1  # of manifest and state; a change that older code would misread raises it
@@ -256,7 +257,7 @@ class Run:
 
     def __init__(self, args, kind, cfg, world):
         self.world, self.dir, self.kind, self.overwrite, self.cfg = world, args.run_dir, kind, args.overwrite, cfg
-        self.last_saved, self.lock, self.interrupts, self.source = "nothing", None, None, ()
+        self.last_saved, self.lock, self.interrupts, self.source, self.board = "nothing", None, None, (), None
         self.kept = int(cfg.lr_schedule == "constant")  # states of a finished run: more epochs are then exact
         settings = json.loads(json.dumps(asdict(cfg) | {"max_steps": args.max_steps}))  # lists for tuples, as read back
         machine = {
@@ -367,6 +368,7 @@ class Run:
         except OSError as e:
             what = f"cannot be written to ({e.strerror}); make room, or give another"
             raise UserError(f"--run_dir {self.dir}: {what}") from None
+        self.board = Board(self.path(f"tensorboard/{self.kind}")) if self.cfg.tensorboard else None
 
     # ---- Going on ----
 
@@ -398,6 +400,8 @@ class Run:
                 self.delete(self.names_of(whole))
             self.world.wait()
             state = found or state
+            if self.board:
+                self.board.start(state.step)
         self.interrupts = Interrupts(self.cfg.save_minutes, self.world.rank)
         return state
 
@@ -514,6 +518,14 @@ class Run:
         """Append a row to the run's {kind}_{name}.csv."""
         if not self.world.rank:
             append_csv(self.path(f"{self.kind}_{name}.csv"), row)
+        if self.board:
+            self.board.log(name, row)
+
+    def show(self, name, epoch, images, columns):
+        """Write a grid of images (N, 3, H, W) in [0, 1] to {kind}_{name}_epoch{epoch}.png. For rank 0 alone."""
+        save_grid(self.path(f"{self.kind}_{name}_epoch{epoch}.png"), images, columns)
+        if self.board:
+            self.board.show(name, make_grid(images, columns))
 
     def save_is_due(self):
         """Whether to save within the epoch: often enough for a crash to cost little, and when asked to stop."""
@@ -611,6 +623,6 @@ class Run:
     def names(self):
         """The files in the directory that a run of this kind writes; others belong to somebody else."""
         tag, kind = r"\d+(_step\d+)?", self.kind
-        pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
+        pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp|report\.html(\.tmp)?"
         pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?"
         return [name for name in os.listdir(self.dir) if re.fullmatch(pattern, name)]

@@ -136,12 +136,26 @@ def check_sources(cfg, run_dir, stage):
 
 def flags_to_hand_on(given):
     """What of the command line of train_vae.py the U-Net of this VAE needs too -> [words]."""
+    return flag_words({name: value for name, value in given.items() if name not in VAE_TRAINING.split()})
+
+
+def flag_words(given):
     words = []
     for name, value in given.items():
-        if name not in VAE_TRAINING.split():
-            values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-            words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
+        values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+        words += [f"--{'no-' if value is False else ''}{name}", *map(str, values)]
     return words
+
+
+def training_command(kind, run_dir, manifest):
+    """A command with the settings of a training's manifest; it states what its preset does not."""
+    cfg, preset = manifest["cfg"], manifest.get("preset")
+    preset = preset if preset in PRESETS else "coco"
+    usual = preset_config(preset, kind)
+    given = {name: getattr(cfg, name) for name in SETTINGS if getattr(cfg, name) != getattr(usual, name)}
+    if steps := manifest["settings"].get("max_steps"):
+        given["max_steps"] = steps
+    return command_line("python", f"train_{kind}.py", "--preset", preset, "--run_dir", run_dir, *flag_words(given))
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------
@@ -178,23 +192,35 @@ def add_sampling_flags(parser):
 
 def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
+    try:
+        options = check_sampling(args, cfg)
+    except UserError as e:
+        usage_error(e)
+    if warning := guidance_warning(options, cfg):
+        warn(warning)
+    return options
+
+
+def check_sampling(args, cfg):
+    """The flags as arguments of sample(); UserError if they do not fit the run or each other."""
     steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
     guidance = {name: getattr(cfg, name) for name in GUIDANCE} | given_settings(args, GUIDANCE)
     scale = guidance["guidance_scale"]
     ddim = "leave it out" if flow else "give --sampler ddim, or leave it out"
+    check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
+    check(0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1")
+    check(args.eta == 0 or args.sampler == "ddim", "eta", f"is read by ddim alone; {ddim}")
+    replace(cfg, **guidance, caption_dropout=cfg.caption_dropout or 1.0)  # where it was 0, there is a warning below
+    lacking = "acts by guidance alone; give a --guidance_scale above 1"
+    check(scale != 1 or not args.negative_prompt, "negative_prompt", lacking)
     try:
-        check(flow or steps <= cfg.timesteps, "steps", f"{steps} is out of range; give 1 to {cfg.timesteps}")
-        check(0 <= args.eta <= 1, "eta", f"{args.eta} is out of range; give 0 to 1")
-        check(args.eta == 0 or args.sampler == "ddim", "eta", f"is read by ddim alone; {ddim}")
-        replace(cfg, **guidance, caption_dropout=cfg.caption_dropout or 1.0)  # where it was 0, there is a warning below
-        lacking = "acts by guidance alone; give a --guidance_scale above 1"
-        check(scale != 1 or not args.negative_prompt, "negative_prompt", lacking)
         sampler = choose_sampler(cfg.prediction_type, args.sampler)
-    except UserError as e:
-        usage_error(e)
     except ValueError as e:
-        usage_error(f"--sampler: {e}")
-    if scale != 1 and not cfg.caption_dropout:
-        warn("the run was trained without --caption_dropout; guidance has nothing to compare with")
+        raise UserError(f"--sampler: {e}") from None
     options = {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": scale}
     return options | {"negative_prompt": args.negative_prompt} | guidance
+
+
+def guidance_warning(options, cfg):
+    lacking = options["guidance_scale"] != 1 and not cfg.caption_dropout
+    return "the run was trained without --caption_dropout; guidance has nothing to compare with" if lacking else ""

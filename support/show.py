@@ -5,6 +5,7 @@ What it is not: it measures nothing.
 
 import csv
 import io
+import json
 import os
 import time
 
@@ -143,3 +144,28 @@ def webp_bytes(frames):
 def to_pil(x):
     """x: (3, H, W) in [0, 1] -> PIL picture."""
     return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def parameters(prompt, options, seed, image, model_name):
+    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, the negative prompt, then one line of settings."""
+    prompt, negative = (" ".join(text.split()) for text in (prompt, options["negative_prompt"]))
+    negative = f"Negative prompt: {negative}\n" if options["negative_prompt"] else ""
+    settings = f"Steps: {options['num_steps']}, Sampler: {options['sampler'].upper()}"
+    settings += f", CFG scale: {options['guidance_scale']:g}, Seed: {seed}"
+    settings += f", Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}"
+    settings += f", Eta: {options['eta']}" if options["eta"] else ""
+    if options["guidance_scale"] != 1 and options["guidance_interval"] != (0, 1):
+        settings += ", Guidance interval: {:g} to {:g}".format(*options["guidance_interval"])
+    if options["guidance_scale"] != 1 and options["guidance_rescale"]:
+        settings += f", Guidance rescale: {options['guidance_rescale']:g}"
+    return f"{prompt}\n{negative}{settings}"
+
+
+def quoted(value):
+    """As the web UI writes a setting: in JSON's quotes if it holds what could be taken for its end.
+
+    Commas and colons are escaped as well, because many readers cut at each, in quotes or not.
+    """
+    if not any(c in value for c in ',:"'):
+        return value
+    return json.dumps(value, ensure_ascii=False).replace(",", r"\u002c").replace(":", r"\u003a")

@@ -255,6 +255,25 @@ def limit_memory(more):
     limit((resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + more))
 
 
+def slow_steps(pauses):
+    """{words of a prompt: seconds that app.py then takes more for each step}; it prints each step."""
+    import app
+
+    real = app.sample
+
+    def slow_sample(*args, watch, **options):
+        pause = next((seconds for words, seconds in pauses.items() if words in args[-1]), 0)
+
+        def watch_slowly(i, x0):
+            time.sleep(pause)
+            print(f"{args[-1]}, step {i}", flush=True)
+            watch(i, x0)
+
+        return real(*args, watch=watch_slowly, **options)
+
+    app.sample = slow_sample
+
+
 def kill_at_picture(index):
     """The process that reads that picture is killed: a worker as by a system short of memory, or the trainer itself."""
     real = data.Scenes.__getitem__

@@ -405,3 +405,22 @@ def clip_dir(real_data, tmp_path_factory):
     torch.manual_seed(0)
     CLIPTextModel(CLIPConfig.from_pretrained(path).text_config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, where selenium, Chromium and its driver are installed."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no chromium, or no chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1500"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()

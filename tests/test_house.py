@@ -12,7 +12,7 @@ from conftest import ROOT
 METHOD = ("vae", "unet", "text_encoder", "diffusion", "samplers", "training")  # knows no files and no processes
 ASIDES = ("adversarial", "similarity")  # of the method, for a second reading
 TRAINERS = ("train_vae", "train_unet")
-SCRIPTS = (*TRAINERS, "sample", "evaluate", "get_data")
+SCRIPTS = (*TRAINERS, "sample", "evaluate", "get_data", "app")
 SOURCES = {  # module: its text
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text()
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
@@ -64,7 +64,7 @@ import sys
 import config
 assert "torch" not in sys.modules, "config"
 import sample
-heavy = "torchvision", "transformers", "matplotlib", "torch._dynamo", "diffusers", "scipy", "sympy"
+heavy = "torchvision", "transformers", "matplotlib", "torch._dynamo", "diffusers", "scipy", "sympy", "tensorboard", "gradio"
 print(*(name for name in heavy if name in sys.modules))
 """
 
