@@ -157,5 +157,5 @@ def test_the_page_of_settings_is_up_to_date():
 def test_the_page_of_settings_has_every_field_and_every_group():
     settings, presets = settings_page.page().split("## Presets")
     assert re.findall(r"^\| `(\w+)` \|", settings, re.MULTILINE) == [f.name for f in fields(SDConfig)]
-    assert re.findall(r"^\| `(\w+)` \|", presets, re.MULTILINE) == list(PRESETS)
+    assert re.findall(r"^\| `(\w+)` \|", presets, re.MULTILINE) == [*PRESETS, *FINETUNING_PRESETS]
     assert len(settings_page.groups()) == 7
