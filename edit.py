@@ -50,7 +50,7 @@ def from_picture(sampler, z0, strength, repaint):
 def between_seeds(sampler, seeds, u):
     """-> a sampler with noise between its own, u = 0, and that of `seeds`, u = 1. u: (B,), one for each of B seeds.
 
-    The way is a circle: with x, y ~ N(0, I) independent, so is cos(c) x + sin(c) y at each c. On the straight line the
+    The way is a circle: with x, y ~ N(0, I) independent, so is cos(c) x + sin(c) y at each c = pi u / 2. On the straight line the
     variance falls to a half, and the model has never seen so little noise.
     """
 
