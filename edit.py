@@ -50,8 +50,8 @@ def from_picture(sampler, z0, strength, repaint):
 def between_seeds(sampler, seeds, u):
     """-> a sampler with noise between its own, u = 0, and that of `seeds`, u = 1. u: (B,), one for each of B seeds.
 
-    The way is a circle: with x, y ~ N(0, I) independent, so is cos(c) x + sin(c) y at each c. On the straight line the
-    variance falls to a half, and the model has never seen so little noise.
+    The way is a circle: with x, y ~ N(0, I) independent, so is cos(c) x + sin(c) y at each c = pi u / 2. On the
+    straight line the variance falls to a half, and the model has never seen so little noise.
     """
 
     def edited(denoise, noise, a, b, draw_noise):
@@ -71,8 +71,8 @@ def between_seeds(sampler, seeds, u):
 def between_prompts(text_encoder, first, last, u):
     """Embeddings between two prompts -> (B, L, text_dim), for sample(). u: (B,) from 0, the first, to 1, the last.
 
-    The way is a straight line: attention takes embeddings through linear maps, and WordHashTextEncoder's places without a
-    word are zero vectors, which have no direction.
+    The way is a straight line: attention takes embeddings through linear maps, and WordHashTextEncoder's places
+    without a word are zero vectors, which have no direction.
     """
     x, y = (text_encoder([prompt] * len(u)) for prompt in (first, last))
     u = u.view(-1, 1, 1).to(x)

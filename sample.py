@@ -48,7 +48,7 @@ def main():
 
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts_file) if args.prompts_file else [])]
     if args.interpolate is not None and (len(prompts) > 2 or len(prompts) < 2 and args.interpolate == args.seed):
-        errors.usage_error("--interpolate: between what? give two prompts, or another seed than --seed behind the flag")
+        errors.usage_error("--interpolate: needs two ends; give two prompts, or one and another seed behind the flag")
     device = devices.pick_device()
     cfg, model_name, vae, unet, t_embedder = models.load_models(run_dir, args.ema, device, args.vae, args.epoch)
     options = flags.sampling_options(args, cfg)
