@@ -595,10 +595,9 @@ class Run:
     def staying(self, tags):
         """Of these sets those whose weights stay: the newest whole epoch, VAEs that the U-Net was trained on, and the
         --keep_last newest of every --save_every epochs."""
-        whole, between = [tag for tag in tags if "_" not in tag], set()
-        for tag, manifest in readable(self.dir, self.kind).items():
-            cfg = manifest["cfg"]  # --save_every may have been another then
-            between |= {tag} if manifest["epoch"] % cfg.save_every and not manifest["finished"] else set()
+        whole, sets = [tag for tag in tags if "_" not in tag], readable(self.dir, self.kind).items()
+        # by each set's own settings: --save_every may have been another then
+        between = {tag for tag, m in sets if m["epoch"] % m["cfg"].save_every and not m["finished"]}
         used = {name for manifest in readable(self.dir, "unet").values() for name in manifest.get("made_from", ())}
         due = [tag for tag in whole if tag not in between][: self.cfg.keep_last or None]
         return {*whole[:1], *due, *(tag for tag in whole if f"{self.prefixes[0]}{tag}.pth" in used)}
