@@ -20,6 +20,7 @@ CHANNELS = (
     128,
 )  # of the levels; each halves the picture. A patch of the first is 4 pixels wide, then 10, then 22
 BETAS = (0.5, 0.9)  # of its Adam: short memories, because the reconstructions change
+LR_FACTOR = 4.0  # it learns faster than the decoder (Heusel et al. 2017, arXiv 1706.08500, section 2)
 LARGEST_WEIGHT = 1e4  # of the adaptive weights, as in VQGAN
 
 
@@ -50,7 +51,8 @@ def make_discriminator(cfg, optimizer, device):
     if not cfg.adversarial_weight:
         return None
     discriminator = Discriminator().to(device)
-    optimizer.add_param_group({"params": list(discriminator.parameters()), "betas": BETAS, "weight_decay": 0.0})
+    own = {"params": list(discriminator.parameters()), "betas": BETAS, "weight_decay": 0.0, "lr_factor": LR_FACTOR}
+    optimizer.add_param_group(own)
     return discriminator
 
 

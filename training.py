@@ -175,7 +175,7 @@ def clip_gradients(optimizer, max_grad_norm):
 
 def optimizer_step(optimizer, lr):
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     optimizer.step()
 
 
