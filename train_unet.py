@@ -51,8 +51,7 @@ def main():
     # ---- Model ----
     torch.manual_seed(cfg.seed)
     unet, t_embedder = UNetLatent(cfg), TimeEmbedding(cfg.time_dim).to(device)
-    unet.to(device, memory_format=devices.memory_format(device))
-    ema = copy.deepcopy(unet).requires_grad_(False)
+    ema = copy.deepcopy(unet.to(device, memory_format=devices.memory_format(device))).requires_grad_(False)
     weights, average = list(unet.parameters()), list(ema.parameters())
     parameters = [*weights, *t_embedder.parameters()]
     optimizer = training.make_optimizer([unet, t_embedder], cfg)
