@@ -551,7 +551,7 @@ def bench_start(device, rounds):
                     words = [*common, "--save_minutes", "0"]
                     seconds = seconds_until(python(script, *words), f"{cache}{n}/{kind}_set1_step1.json", folder)
                     times.setdefault(f"{script}, first step, {cache}", []).append(seconds)
-                    timed_script(script, *common, "--max_steps", 1, "--sample_steps", 1, cwd=folder)
+                    timed_script(script, *common, "--max_steps", 1, "--sample_steps", 1, "--overwrite", cwd=folder)
             sampling = python("sample.py", "--run_dir", f"warm{n}", "--steps", 50, "--prompt", "a red house")
             times.setdefault("sample.py, first picture", []).append(
                 seconds_until(sampling, f"warm{n}/samples/*.png", folder)

@@ -13,7 +13,6 @@ What it is not: a test, or a part of CI: a million pictures take 5 GB of disk an
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -58,14 +57,14 @@ FEW = 400  # pictures of the set whose costs are those of any set
 
 def measure(cfg, lists_only):
     """Do what the trainers do until their first step -> {what: seconds or GB}."""
-    figures, start, before = {}, time.process_time(), peak_memory()
+    figures, start, before = {}, time.process_time(), memory("VmHWM")
 
     def mark(name):
         nonlocal start
         figures[name], start = time.process_time() - start, time.process_time()
 
     train, _ = data.open_dataset(cfg)
-    figures["GB, the most while listing"] = peak_memory() - before
+    figures["GB, the most while listing"] = memory("VmHWM") - before
     mark("list")
     train.key()
     mark("key: names, sizes, times")
@@ -82,8 +81,9 @@ def measure(cfg, lists_only):
             mark(f"latents{again}")
             encoded.embed_captions(encoder, captions, about, device, cfg)
             mark(f"embeddings{again}")
-        data.fingerprint(pixels, captions)
-        figures["GB, at the first step"] = own_memory()
+        data.fingerprint(pixels)
+        figures["GB, at the first step"] = memory("RssAnon")
+    data.fingerprint(captions)
     mark("fingerprint")
     plan, first_rows = training.Plan(len(captions), 32, 1, None, 0), data.number_captions(captions)
     for index in plan.batches(1, 0):
@@ -92,13 +92,10 @@ def measure(cfg, lists_only):
     return figures
 
 
-def peak_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def own_memory():
+def memory(name):
+    """GB. VmHWM: the most that the process ever had (getrusage() counts what its parent had, too); RssAnon: its own now."""
     status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) / 1e6
+    return int(next(line for line in status if line.startswith(name)).split()[1]) / 1e6
 
 
 def measured(root, count, layout, lists_only):
