@@ -15,7 +15,16 @@ from config import SDConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_OTHERS = {"help", "words", "nproc_per_node", "nnodes", "node_rank", "master_addr"}  # argparse, scenes.py, torchrun
+OF_OTHERS = {
+    "help",
+    "words",
+    "nproc_per_node",
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "logdir",
+    "samples_per_plugin",
+}  # argparse, scenes.py, torchrun, tensorboard
 
 
 def prose(page):
