@@ -15,16 +15,15 @@ from config import SDConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_OTHERS = {
-    "help",
-    "words",
+OF_OTHERS = {"help", "words"}  # argparse, scenes.py
+OF_OTHERS |= {
     "nproc_per_node",
     "nnodes",
     "node_rank",
     "master_addr",
     "logdir",
     "samples_per_plugin",
-}  # argparse, scenes.py, torchrun, tensorboard
+}  # torchrun, tensorboard
 
 
 def prose(page):
