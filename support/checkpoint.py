@@ -622,6 +622,8 @@ class Run:
     def names(self):
         """The files in the directory that a run of this kind writes; others belong to somebody else."""
         tag, kind = r"\d+(_step\d+)?", self.kind
-        pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp|report\.html(\.tmp)?"
-        pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?"
+        pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
+        pattern += (
+            rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?|report\.html(\.tmp)?"
+        )
         return [name for name in os.listdir(self.dir) if re.fullmatch(pattern, name)]

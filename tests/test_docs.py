@@ -15,8 +15,8 @@ from config import SDConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_OTHERS = {"help", "words", "nproc_per_node", "nnodes", "node_rank", "master_addr"}  # argparse, scenes.py, torchrun
-OF_OTHERS |= {"samples_per_plugin"}  # tensorboard
+OF_OTHERS = {"help", "words", "logdir", "samples_per_plugin"}  # argparse, scenes.py, tensorboard
+OF_OTHERS |= {"nproc_per_node", "nnodes", "node_rank", "master_addr"}  # torchrun
 
 
 def prose(page):
