@@ -108,7 +108,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.is_contiguous() and torch.is_grad_enabled():
+        if x.device.type == "cpu" and self.conv.weight.is_contiguous() and torch.is_grad_enabled():
             return convolve_repeated(x, self.conv.weight, self.conv.bias)
         repeated = repeat_pixels(x) if compiled_for_cuda(x) else F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(repeated)  # (B, C, 2H, 2W)
