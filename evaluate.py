@@ -6,7 +6,7 @@
 Prints a table and writes evaluation.json, evaluation_samples.png and evaluation_nearest.png (with --ema
 evaluation_ema..., with --epoch 5 evaluation_epoch5..., with --vae evaluation_vae...) to the run directory:
   VAE          MSE, PSNR and SSIM of held-out pictures, and how much of their energy survives, by octave of frequency;
-               how far reconstructions are from pictures in the features of a judge; mean and standard deviation of latents
+               mean and standard deviation of latents; with --vae how far the pictures of both decoders are from real ones
   loss         of held-out pictures, divided by the least that Gaussian latents allow: with the covariance of training
                (wiener; 1 is as good as the best linear denoiser), and with its mean variance alone (white)
   captions     how much the loss rises with another picture's caption, or none; near 0, the text is not heard
@@ -34,7 +34,7 @@ import torch
 
 import data
 import metrics
-from diffusion import configured_process, held_out_losses, levels, sample
+from diffusion import configured_process, decode, held_out_losses, levels, sample
 from scenes import split_combinations
 from support import checkpoint, devices, errors, files, flags, judges, models, published, show
 from support.judges import ATTRIBUTES, paint_scenes, scenes_of
@@ -79,11 +79,11 @@ def main():
     else:
         made_from = checkpoint.newest_epoch_set(run_dir, "unet")[1]["made_from"]
         key = {"data": data.fingerprint(train, train_captions), "vae": made_from}
-        decode = partial(through_vae, run)
-        judge, words, why = judges.word_judge(train, train_captions, encoder.split, decode, key, cfg.cache_dir, device)
+        show_it = partial(through_vae, run)
+        judge, words, why = judges.word_judge(train, train_captions, encoder.split, show_it, key, cfg.cache_dir, device)
         real, prompts = held_out, caption_prompts(captions, args.num_prompts)
-    if args.vae:  # now: the judge has learned from pictures as the run's own VAE shows them
-        run.vae = vae = models.load_other_decoder(args.vae, cfg, vae, device, run_dir)
+    if args.vae:  # now: the judge of words has learned from pictures as the run's own VAE shows them
+        run.vae, own = models.load_other_decoder(args.vae, cfg, vae, device, run_dir), vae
     if args.fid is not None and len(real) < 2:
         raise errors.UserError("--fid: one held-out picture has no variance; leave the flag out")
 
@@ -91,7 +91,7 @@ def main():
     results = {"run_dir": run_dir, "model": name, "ema": args.ema, "decoder": args.vae}
     results["sampling"] = options | {"pictures": args.num_prompts}
     seed_step(cfg.seed, 0)
-    results["vae"] = held_out_figures(vae, batches(held_out, device))
+    results["vae"] = held_out_figures(run.vae, batches(held_out, device))
     t, loss, gaps = caption_losses(run, held_out_latents, [several[0] for several in captions])
     results |= {"denoising": loss_over_bounds(t, loss, latents, cfg), "captions": gaps}
 
@@ -99,7 +99,9 @@ def main():
     pictures, z = generate(run, prompts, 0, options, "generate")
     seed_step(cfg.seed, 0)
     shown = through_vae(run, held_out)
-    results["vae"] |= reconstruction_distances(judge, shown, held_out, device)
+    if args.vae:
+        whole = whole_judge(judge, train, train_captions, encoder.split, cfg, device)
+        results["decoders"] = compare_decoders(whole, {"own": own, "other": run.vae}, z, held_out, real, run)
     results["looks"] = {
         name: measure(pictures) / max(measure(shown), 1e-6)
         for name, measure in (("contrast", metrics.contrast), ("colourfulness", metrics.colourfulness))
@@ -292,23 +294,38 @@ def features(judge, pixels, device):
     return torch.cat([judge(x)[0].cpu().double() for x in batches(pixels, device)])
 
 
-@torch.no_grad()
-def reconstruction_distances(judge, shown, real, device):
-    """How far pictures as the VAE shows them are from the pictures themselves, in the features of a judge; {} without one.
+def whole_judge(judge, train, captions, split, cfg, device):
+    """A judge that has learned from whole pictures alone: to one that knows a VAE's reconstructions they look right."""
+    if not isinstance(judge, judges.WordJudge):
+        return judge
+    key = {"data": data.fingerprint(train, captions), "vae": None}
+    return judges.word_judge(train, captions, split, lambda pixels: pixels, key, cfg.cache_dir, device)[0]
 
-    frechet: as of sets. patches: of each picture by itself, as LPIPS without learned weights (Zhang et al. 2018, Eq. 1):
-    squared differences of a patch's features of length 1; 0 is equal, 2 as different as can be. None of painted scenes.
+
+@torch.no_grad()
+def compare_decoders(judge, decoders, z, held_out, real, run):
+    """{name: VAE} -> {name: how far its pictures are from real ones, in the features of a judge}; {} without a judge.
+
+    frechet: of reconstructions to the pictures themselves. patches: of each by itself, as LPIPS without learned weights
+    (Zhang et al. 2018, Eq. 1): squared differences of a patch's features of length 1, from 0 to 4; none for scenes.
+    samples: Frechet distance of the latents z (N, C, h, w), decoded, to real pictures.
     """
-    if judge is None or len(real) < 2:
-        return {}
-    figures = {
-        "frechet": metrics.frechet_distance(*(features(judge, x, device) for x in (shown, real))),
-        "patches": None,
-    }
-    if isinstance(judge, judges.WordJudge):
-        pairs, look = zip(batches(shown, device), batches(real, device)), partial(judges.patch_features, judge)
-        apart = [(look(x_hat) - look(x)).square().sum(dim=1).mean(dim=(1, 2)).cpu() for x_hat, x in pairs]
-        figures["patches"] = torch.cat(apart).mean().item()
+    figures = {}
+    for name, vae in decoders.items() if judge is not None and len(held_out) > 1 else ():
+        seed_step(run.cfg.seed, 0)  # each decodes the same draws
+        shown = through_vae(SimpleNamespace(vae=vae, device=run.device), held_out)
+        made = torch.cat([(255 * decode(vae, part.to(run.device))).round().byte().cpu() for part in z.split(BATCH)])
+        n = min(len(made), len(real))
+        pairs = {"frechet": (shown, held_out), "samples": (made[:n], real[:n])}
+        figures[name] = {
+            kind: metrics.frechet_distance(*(features(judge, x, run.device) for x in pair))
+            for kind, pair in pairs.items()
+        }
+        if isinstance(judge, judges.WordJudge):
+            both = (
+                torch.cat([judges.patch_features(judge, x) for x in batches(p, run.device)]) for p in (shown, held_out)
+            )
+            figures[name]["patches"] = torch.sub(*both).square().sum(dim=1).mean().item()
     return figures
 
 
@@ -384,8 +401,6 @@ ROWS = """\
 VAE, held-out MSE | {vae[mse]:.4f} | PSNR {vae[psnr_db]:.1f} dB
 energy of the finest octave | {vae[octave_1]:.1%} | next {vae[octave_2]:.0%}; 100%: as sharp as the pictures
 SSIM | {vae[ssim]:.3f} | 1 is equal
-Frechet distance, reconstructions | {vae[frechet]:.4g} | 0 is equal
-patch features, reconstructions | {vae[patches]:.4f} | 0 is equal
 latent std | {vae[latent_std]:.3f} | mean {vae[latent_mean]:+.3f}
 loss ({denoising[target]}) | {denoising[mean]:.4f} |
 loss over white bound | {denoising[white][ratio]:.3f} | 1 is a loss of {denoising[white][bound]:.4f}
@@ -399,6 +414,9 @@ words heard | {words[why]:.0}- | {words[why]}
 contrast ratio | {looks[contrast]:.3f} | 1: real pictures through the VAE
 colourfulness ratio | {looks[colourfulness]:.3f} | 1: real pictures through the VAE
 Frechet distance, n = {distances[pictures]} | {distances[frechet]:.4g} | real {distances[frechet_floor]:.4g}
+Frechet distance, reconstructions | {decoders[other][frechet]:.4g} | the run's own decoder {decoders[own][frechet]:.4g}
+patch features, reconstructions | {decoders[other][patches]:.4f} | the run's own decoder {decoders[own][patches]:.4f}
+Frechet distance, samples | {decoders[other][samples]:.4g} | the run's own decoder {decoders[own][samples]:.4g}
 kernel distance, n = {distances[pictures]} | {distances[kernel]:.4g} | real {distances[kernel_floor]:.4g}
 channel-mean variance ratio | {channel_means[ratio]:.3f} | real {channel_means[held_out]:.3f}
 nearest training picture, median | {memorisation[generated][median]:.4f} | real {memorisation[held_out][median]:.4f}

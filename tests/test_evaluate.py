@@ -249,7 +249,8 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
         "model": "unet_ckpt1",
         "sampling": {"num_steps": 5},
         "vae": {"mse": 0.1, "psnr_db": 16.0, "latent_mean": 0.0, "latent_std": 1.0, "ssim": 0.7, "octave_1": 0.125}
-        | {"octave_2": 0.5, "frechet": 0.5, "patches": 0.25},
+        | {"octave_2": 0.5},
+        "decoders": {name: {"frechet": 0.5, "patches": 0.25, "samples": 7.0} for name in ("own", "other")},
         "denoising": {"target": "flow", "mean": 0.6, "by_timestep": [0.75, None], "white": bound, "wiener": bound},
         "captions": {kind: {"gap": 0.01, "standard_error": 0.002} for kind in ("shuffled", "empty")},
         "distances": {"pictures": 7, "frechet": 3.0, "frechet_floor": 2.0, "kernel": 1.0, "kernel_floor": -1.0},
@@ -270,7 +271,7 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
     assert full[-3:] == ["loss        0.7500      -", "over white       -   2.00", "over wiener      -   2.00"]
     assert f"{'composition, place right':34}     50.0%   real 50.0%" in full and "CLIP score, n = 7" in full[-5]
     assert f"{'energy of the finest octave':34}     12.5%   next 50%; 100%: as sharp as the pictures" in full
-    for kind in ("prompts", "composition", "fid", "clip_score"):
+    for kind in ("prompts", "composition", "fid", "clip_score", "decoders"):
         del results[kind]
     results["words"] = {"words": 0, "why": "too few"}
     results |= {"distances": {}, "channel_means": {"ratio": 0.9, "held_out": None}}
@@ -288,6 +289,9 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
         "words heard (3 words)",
         "words heard, of",
         "Frechet",
+        "Frechet distance, reconstructions",
+        "patch features",
+        "Frechet distance, samples",
         "kernel",
         "variance ratio",
         "nearer than",
@@ -334,7 +338,7 @@ def measure(folder, run_here, *argv):
     """-> the figures of evaluation.json, and the finished process."""
     result = run_here("evaluate.py", "--run_dir", "run", *argv, cwd=folder)
     assert result.returncode == 0, result.stderr
-    name = "evaluation_ema.json" if "--ema" in argv else "evaluation.json"
+    name = f"evaluation{'_ema' if '--ema' in argv else ''}{'_vae' if '--vae' in argv else ''}.json"
     return json.loads((folder / "run" / name).read_text()), result
 
 
@@ -356,6 +360,22 @@ def test_evaluate_measures_and_leaves_the_run_alone(tiny_run, tmp_path, run_here
     assert set(after) - set(before) == {f"evaluation{e}" for e in (".json", "_samples.png", "_nearest.png")}
     for words in ("Frechet distance, n = 4", "wiener bound", "prompts, all right", "by timestep"):
         assert words in result.stdout
+
+
+def test_two_decoders_are_compared_on_the_same_latents(tiny_run, tmp_path, run_here, quick):
+    """The run's own decoder against itself is equal; against a finetuned one its own figures stay."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run")
+    words = ["--preset", "demo", "--run_dir", "sharp", "--finetune_decoder_of", "run", "--max_steps", 3, *flags(TINY)]
+    assert run_here("train_vae.py", *words, "--lr", 1e-2, cwd=tmp_path).returncode == 0
+    found = {}
+    for vae in ("run", "sharp"):
+        figures, result = measure(tmp_path, run_here, "--num_prompts", 4, "--steps", 2, "--vae", vae)
+        found[vae] = figures["decoders"]
+        assert "Frechet distance, samples" in result.stdout and figures["decoder"] == vae
+    own, other = found["sharp"]["own"], found["sharp"]["other"]
+    assert found["run"]["own"] == found["run"]["other"] == own and own.keys() == other.keys()
+    assert all(own[kind] != other[kind] for kind in own)
+    assert not (tmp_path / "run/evaluation.json").exists()
 
 
 def test_composition_is_measured_where_combinations_were_held_out_and_twice_the_same(tmp_path, run_here, quick):
