@@ -172,6 +172,8 @@ def rules(c):
     for name in ("adversarial_start", "matching_weight"):
         used = c.adversarial_weight > 0 or not getattr(c, name)
         yield name, used, "is read with --adversarial_weight alone; give both"
+    whole = not (c.compile and c.adversarial_weight)
+    yield "compile", whole, "the decoder's last layer is looked at by itself with --adversarial_weight; leave one out"
     seen = c.image_size >= 16 or not c.adversarial_weight
     yield (
         "adversarial_weight",

@@ -66,13 +66,13 @@ def main():
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     check_start(cfg, plan)
     autoencode = world.data_parallel(vae)
-    autoencode = devices.maybe_compile(autoencode, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
+    pays = plan.total_steps >= COMPILE_FROM and not discriminator
+    autoencode = devices.maybe_compile(autoencode, cfg.compile, device, pays)
     start = training.State(0, 0, 0, torch.zeros(5 if discriminator else 3, device=device))
     state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
-    last = vae.decoder.conv_out.weight
+    parameters, last = checkpoint.parameters_of(optimizer), vae.decoder.conv_out.weight
     adversary = discriminator and (world.data_parallel(discriminator), discriminator.balance, last)
     gradients = partial(batch_gradients, autoencode, lpips, adversary, optimizer, autocast, cfg, world)
-    parameters = checkpoint.parameters_of(optimizer)
     gradients = record_cuda_graph(gradients, device, parameters) if world.size == 1 else gradients
     guard, progress = training.FiniteGuard(device, run), show.Progress(plan.total_steps, "train_vae", state.step)
 

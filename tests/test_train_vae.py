@@ -293,6 +293,15 @@ def test_an_adversarial_finetuning_leaves_the_encoder_and_shows_the_decoder_it_b
     assert heights == {"run": 2 * 34 + 2, "sharper": 3 * 34 + 2}
 
 
+def test_checkpointed_blocks_change_no_bit_of_an_adversarial_training(tmp_path, run_here):
+    found = []
+    for words in ([], ["--grad_checkpointing"]):
+        command = [*TRAIN, "--overwrite", *flags(TINY | QUICK), *PULLED, "--max_steps", 4, *words]
+        assert run_here("train_vae.py", *command, cwd=tmp_path).returncode == 0
+        found.append(weights(next((tmp_path / "run").glob("vae_ckpt_epoch*.pth"))))
+    assert all(torch.equal(found[0][k], v) for k, v in found[1].items())
+
+
 def test_what_a_discriminator_cannot_do_is_one_line(tiny_run, tmp_path, run_here):
     shutil.copytree(tiny_run / "run", tmp_path / "run")
     common = ["--preset", "demo", "--run_dir", "new", *flags(TINY)]
@@ -300,6 +309,7 @@ def test_what_a_discriminator_cannot_do_is_one_line(tiny_run, tmp_path, run_here
         (["--adversarial_weight", -1], 2, ["--adversarial_weight", "give 0 or more"]),
         (["--adversarial_start", 5], 2, ["--adversarial_start", "give both"]),
         (["--matching_weight", 1], 2, ["--matching_weight", "give both"]),
+        ([*PULLED, "--compile"], 2, ["--compile", "leave one out"]),
         ([*PULLED, "--image_size", 8], 2, ["--adversarial_weight", "16 pixels"]),
         ([*PULLED, "--adversarial_start", 6], 1, ["--adversarial_start", "give less"]),
     ):
