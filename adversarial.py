@@ -71,7 +71,8 @@ def decoder_loss(fake, features, real_features, matching):
 
 
 def backward(discriminate, balance, last, loss, x, x_hat, weight, cfg, autocast):
-    """Leaves the gradients of `weight` x (loss + balance x decoder_loss) in the VAE, and the discriminator's own in it.
+    """Leaves the gradients of `weight` x (loss + adversarial_weight x balance x decoder_loss) in the VAE, and the
+    discriminator's own in it.
 
     x, x_hat: (B, 3, H, W). last: weights of the decoder's last layer -> the losses of decoder and discriminator (2,), and
     the gradients of loss and decoder_loss in `last` (2, ...), for new_balance().

@@ -51,7 +51,8 @@ def parse_args():
     try:
         socket.create_server((args.host, args.port or 0)).close()
     except (OSError, OverflowError) as e:
-        parser.error(f"--port: {args.port or ''} at --host {args.host} cannot be had ({e}); give another")
+        what = f"--port: {args.port}" if args.port else f"--host: {args.host}"
+        parser.error(f"{what}: cannot be had ({e}); give another")
     return args
 
 
@@ -98,6 +99,7 @@ def check_order(cfg, prompt, negative_prompt, steps, sampler, guidance_scale, lo
         least, most = int(name != "seed"), MOST[name]
         whole = value is not None and value % 1 == 0 and least <= value <= most
         check(whole, name, f"{value} is out of range; give a whole number from {least} to {most}")
+    check(None not in (low, high), "guidance_interval", "is empty; give two numbers from 0 to 1")
     guidance = {"guidance_scale": guidance_scale, "guidance_interval": (low, high), "negative_prompt": negative_prompt}
     options = flags.check_sampling(Namespace(steps=int(steps), sampler=sampler, eta=0.0, **guidance), cfg)
     return prompt, range(int(seed), int(seed + pictures)), options | {"process": configured_process(cfg)}

@@ -171,14 +171,14 @@ def rules(c):
         yield divisor, varies, "leaves each GroupNorm one number, at 1 x 1; give fewer groups or a larger --image_size"
     for name in ("adversarial_start", "matching_weight"):
         used = c.adversarial_weight > 0 or not getattr(c, name)
-        yield name, used, "is read with --adversarial_weight alone; give both"
+        yield name, used, f"acts with --adversarial_weight alone; give both, or --{name} 0"
     whole = not (c.compile and c.adversarial_weight)
-    yield "compile", whole, "the decoder's last layer is looked at by itself with --adversarial_weight; leave one out"
+    yield "compile", whole, "does not go with --adversarial_weight; leave one out"
     seen = c.image_size >= 16 or not c.adversarial_weight
     yield (
         "adversarial_weight",
         seen,
-        f"its discriminator sees 16 pixels at least, the pictures have {c.image_size}; give 0",
+        f"its discriminator sees 16 pixels at least, the pictures have {c.image_size}; give larger ones",
     )
     fits = c.image_size >= 11 or not c.ms_ssim_weight
     yield "ms_ssim_weight", fits, f"its window is 11 pixels wide, the pictures {c.image_size}; give 0"

@@ -61,7 +61,8 @@ def main():
     run = SimpleNamespace(cfg=cfg, vae=vae, unet=unet, t_embedder=t_embedder, text_encoder=encoder, device=device)
     run.autocast = devices.make_autocast(device, cfg.mixed_precision)
     options = flags.sampling_options(args, cfg)
-    # load the measures now, because what they need may not be there
+    # load these now, because what they need may not be there
+    other = models.load_other_decoder(args.vae, cfg, vae, device, run_dir) if args.vae else None
     sources = ("fid", published.load_fid, args.fid), ("clip_score", published.load_clip_score, args.clip_score)
     measures = {name: make(source, device) for name, make, source in sources if source is not None}
 
@@ -82,8 +83,7 @@ def main():
         show_it = partial(through_vae, run)
         judge, words, why = judges.word_judge(train, train_captions, encoder.split, show_it, key, cfg.cache_dir, device)
         real, prompts = held_out, caption_prompts(captions, args.num_prompts)
-    if args.vae:  # now: the judge of words has learned from pictures as the run's own VAE shows them
-        run.vae, own = models.load_other_decoder(args.vae, cfg, vae, device, run_dir), vae
+    run.vae = other or vae  # now: the judge of words has learned from pictures as the run's own VAE shows them
     if args.fid is not None and len(real) < 2:
         raise errors.UserError("--fid: one held-out picture has no variance; leave the flag out")
 
@@ -99,9 +99,9 @@ def main():
     pictures, z = generate(run, prompts, 0, options, "generate")
     seed_step(cfg.seed, 0)
     shown = through_vae(run, held_out)
-    if args.vae:
+    if other:
         whole = whole_judge(judge, train, train_captions, encoder.split, cfg, device)
-        results["decoders"] = compare_decoders(whole, {"own": own, "other": run.vae}, z, held_out, real, run)
+        results["decoders"] = compare_decoders(whole, {"own": vae, "other": other}, z, held_out, real, run)
     results["looks"] = {
         name: measure(pictures) / max(measure(shown), 1e-6)
         for name, measure in (("contrast", metrics.contrast), ("colourfulness", metrics.colourfulness))

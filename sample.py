@@ -212,7 +212,7 @@ def parse_args():
     add("--strength", type=float, help="of --init_image: 0 keeps it, 1 forgets it (default: 0.75; with --mask 1)")
     add("--mask", metavar="FILE", help="repaint --init_image where this is white or transparent, keep it where black")
     what = "the pictures lead from the first prompt to the second, or from --seed to SEED, or both"
-    add("--interpolate", type=int, nargs="?", const=-1, metavar="SEED", help=what)
+    add("--interpolate", type=int, nargs="?", const=math.inf, metavar="SEED", help=what)
     add("--steps_strip", action="store_true", help="also a strip and an animation of how the pictures emerge")
     add("--out", help="folder for the pictures (default: <run_dir>/samples)")
     args = parser.parse_args()
@@ -231,7 +231,7 @@ def parse_args():
         args.strength = 1.0 if args.init_image is None or args.mask is not None else 0.75
     if not 0 <= args.strength <= 1:
         parser.error(f"--strength: {args.strength} is out of range; give 0 to 1")
-    args.interpolate = args.seed if args.interpolate == -1 else args.interpolate
+    args.interpolate = args.seed if args.interpolate == math.inf else args.interpolate
     if args.interpolate is not None and not 0 <= args.interpolate <= MAX_SEED:
         parser.error(f"--interpolate: {args.interpolate} is no seed; give 0 to {MAX_SEED}")
     if args.interpolate is not None and args.num_images < 2:

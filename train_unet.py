@@ -19,10 +19,9 @@ import torch
 import data
 import diffusion
 import training
-from support import checkpoint, devices, encoded, flags, models, processes, show
+from support import checkpoint, devices, encoded, flags, models, processes, report, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import run_script, warn
-from support.report import write_report
 from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
@@ -55,14 +54,13 @@ def main():
     devices.checkpoint_blocks(unet, cfg.grad_checkpointing)
     weights, average = list(unet.parameters()), list(ema.parameters())
     parameters = [*weights, *t_embedder.parameters()]
-    optimizer = training.make_optimizer([unet, t_embedder], cfg)
-    process = diffusion.configured_process(cfg)
+    process, optimizer = diffusion.configured_process(cfg), training.make_optimizer([unet, t_embedder], cfg)
     print(f"U-Net with time embedding: {sum(p.numel() for p in parameters) / 1e6:.2f}M trainable parameters")
 
     # ---- State ----
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
-    predict, embed_t = world.data_parallel(unet), world.data_parallel(t_embedder)
-    predict = devices.maybe_compile(predict, cfg.compile, device, plan.total_steps >= COMPILE_FROM)
+    pays, embed_t = plan.total_steps >= COMPILE_FROM, world.data_parallel(t_embedder)
+    predict = devices.maybe_compile(world.data_parallel(unet), cfg.compile, device, pays)
     start = training.State(0, 0, 0, torch.zeros((), device=device))
     state = run.resume([unet, t_embedder, ema], optimizer, start, plan)
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)
@@ -101,11 +99,12 @@ def main():
             run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_samples((unet, vae, t_embedder, text_encoder), process, autocast, cfg, run, epoch)
-            draw_run(run)
+            draw_curves(run)
             if epoch == plan.last_epoch:
                 warn_if_captions_are_ignored(figures, cfg)
         state.epoch = epoch
         run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
+        report.write_report(run.dir, world.rank)
 
     # ---- Done ----
     progress.close()
@@ -214,8 +213,7 @@ def show_samples(models, process, autocast, cfg, run, epoch):
     run.show("samples", epoch, images, columns=SAMPLES_PER_PROMPT)
 
 
-def draw_run(run):
-    """The curves, and the report of all that is there by now."""
+def draw_curves(run):
     train, held_out = (show.read_csv(run.path(f"unet_{name}.csv")) for name in ("train", "held_out"))
     losses = {
         "training, at the times drawn": (train["step"], train["loss"]),
@@ -223,7 +221,6 @@ def draw_run(run):
     }
     rates = {"learning rate": (train["step"], train["lr"])}
     show.plot_curves(run.path("unet_curves.png"), {"loss": losses, "learning rate": rates})
-    write_report(run.dir)
 
 
 def next_command(run):

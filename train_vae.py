@@ -6,8 +6,8 @@
   python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   for sample.py --vae
 
 Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
-vae_curves.png, vae_pictures_epoch{E}.png: held-out pictures above their reconstructions; and report.html, which shows
-all of them.
+vae_curves.png, report.html that shows all, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions (in
+finetuning, those of the decoder as it was come between).
 What it is not: it never looks at captions. Loss and model are in vae.py, every setting in config.py.
 """
 
@@ -19,10 +19,9 @@ import torch
 import adversarial
 import data
 import training
-from support import checkpoint, devices, flags, models, processes, published, show
+from support import checkpoint, devices, flags, models, processes, published, report, show
 from support.cuda_graph import record_cuda_graph
 from support.errors import UserError, run_script
-from support.report import write_report
 from support.signals import command_line
 from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
@@ -65,9 +64,8 @@ def main():
     # ---- State ----
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     check_start(cfg, plan)
-    autoencode = world.data_parallel(vae)
     pays = plan.total_steps >= COMPILE_FROM and not discriminator
-    autoencode = devices.maybe_compile(autoencode, cfg.compile, device, pays)
+    autoencode = devices.maybe_compile(world.data_parallel(vae), cfg.compile, device, pays)
     start = training.State(0, 0, 0, torch.zeros(5 if discriminator else 3, device=device))
     state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
     parameters, last = checkpoint.parameters_of(optimizer), vae.decoder.conv_out.weight
@@ -87,7 +85,7 @@ def main():
             x = data.to_float(data.crop_pictures(pixels, index[mine], crops[mine], cfg.image_size), device)
             pulled = discriminator is not None and state.step > cfg.adversarial_start
             losses, grad_norm = gradients(len(index), x, eps[mine], pulled)
-            guard.judge(optimizer, losses.sum(), grad_norm, state.step)
+            guard.judge(optimizer, losses[0] + 0 * losses.sum(), grad_norm, state.step)  # NaN if any of them is
             training.optimizer_step(optimizer, lr)
             state.add(losses)
             if plan.ends_row(state):
@@ -104,9 +102,10 @@ def main():
             run.log("held_out", {"epoch": epoch, "step": state.step} | figures)
             progress.say(f"epoch {epoch}: {summary(figures)}")
             show_reconstructions(vae, before, held_out, device, cfg, run, epoch)
-            draw_run(run)
+            draw_curves(run)
         state.epoch = epoch
         run.save(f"{epoch}", state, finished=epoch == plan.last_epoch)
+        report.write_report(run.dir, world.rank)
 
     # ---- Done ----
     progress.close()
@@ -182,8 +181,7 @@ def show_reconstructions(vae, before, held_out, device, cfg, run, epoch):
     run.show("pictures", epoch, (torch.cat(rows) + 1) / 2, columns=len(x))
 
 
-def draw_run(run):
-    """The curves, and the report of all that is there by now."""
+def draw_curves(run):
     train, held_out = (show.read_csv(run.path(f"vae_{name}.csv")) for name in ("train", "held_out"))
     latents = {what: (held_out["step"], held_out[f"latent_{what}"]) for what in ("mean", "std")}
     panels = {
@@ -192,7 +190,6 @@ def draw_run(run):
         "latents, held-out": latents,
     }
     show.plot_curves(run.path("vae_curves.png"), panels)
-    write_report(run.dir)
 
 
 def next_command(cfg, args, run):

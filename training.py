@@ -166,7 +166,8 @@ def orthogonal(x, steps=5):
 
 
 def clip_gradients(optimizer, max_grad_norm):
-    """Clip the gradients to max_grad_norm unless that is 0 -> their norm before clipping."""
+    """Clip the gradients to max_grad_norm unless that is 0 -> their norm before clipping. Those of the first group: a
+    discriminator is not clipped."""
     parameters = optimizer.param_groups[0]["params"]
     if max_grad_norm:
         return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)

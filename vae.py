@@ -1,6 +1,6 @@
 """The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (C, H/f, W/f). The recipe (preset coco): C = 4, f = 8.
 
-What it is not: no discriminator, no perceptual loss, no latent scaling factor. The KL term alone keeps latents near
+What it is not: no discriminator (adversarial.py), no perceptual loss, no latent scaling factor. The KL term alone keeps latents near
 N(0, I), and the U-Net learns on z = mu + sigma * eps unscaled.
 
 Papers:

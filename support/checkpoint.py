@@ -241,8 +241,8 @@ def newest_epoch_set(run_dir, kind, flag="--run_dir", epoch=None):
 
 def check_idle(run_dir, flag):
     """UserError if a training is going on in run_dir: what it holds is about to change."""
-    with contextlib.suppress(FileNotFoundError, PermissionError), open(os.path.join(run_dir, ".lock"), "r+") as f:
-        if not lock(f):
+    with contextlib.suppress(OSError), open(os.path.join(run_dir, ".lock")) as f:
+        if not lock(f, shared=True):  # others may ask at the same time
             raise UserError(f"{flag} {run_dir}: still trains ({printable(f.read(100))}); wait until it ends")
 
 
@@ -375,7 +375,8 @@ class Run:
     def resume(self, modules, optimizer, state, plan, helpers=()):
         """Load the newest good set into modules and optimizer -> its State; `state` if the run is a new one.
 
-        modules: one per PREFIXES[kind], in that order; helpers: those that nobody needs but who resumes. A new run saves where it starts, so that a full disk shows now.
+        modules: one per PREFIXES[kind], in that order; helpers: those that only resuming needs. A new run saves where it
+        starts, so that a full disk shows now.
         UserError if nothing usable is where something should be, or if settings, data or VAE are not those of the set.
         """
         self.modules, self.helpers, self.optimizer, self.plan = modules, helpers, optimizer, plan
@@ -489,12 +490,13 @@ class Run:
             raise UserError(
                 f"--run_dir {self.dir}: has taken {state.step} steps of {total} asked for ({changed}); {remedy}"
             )
+        what = "the optimizer and the discriminator begin" if self.helpers else "the optimizer begins"
         anew, rate = 0 < state.restart == state.step, lr_at(state.step + 1, total, self.cfg, state.restart)
         lr = f"the learning rate goes on along the cosine of all {total} steps, from {rate:.2g} down to 0"
         if self.cfg.lr_schedule == "constant":
             lr = f"the learning rate is constant{'' if anew else ', so this is exact'}"
         if changed:
-            print(f"{changed}: {lr}{'; the optimizer begins anew from the trained weights' if anew else ''}")
+            print(f"{changed}: {lr}{f'; {what} anew from the trained weights' if anew else ''}")
 
     def read_csv(self):
         """-> {name: text} of the run's CSV files that are there."""

@@ -82,11 +82,11 @@ def entry_of(data):
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def lock(f, wait=False):
+def lock(f, wait=False, shared=False):
     """Lock an open file -> whether it could be had. The system frees it however this process ends."""
     try:
         if fcntl:
-            fcntl.lockf(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # either is how a system says that it is taken
         return False
     return True

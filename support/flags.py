@@ -151,8 +151,9 @@ def training_command(kind, run_dir, manifest):
     """A command with the settings of a training's manifest; it states what its preset does not."""
     cfg, preset = manifest["cfg"], manifest.get("preset")
     preset = preset if preset in PRESETS else "coco"
-    usual = preset_config(preset, kind)
-    given = {name: getattr(cfg, name) for name in SETTINGS if getattr(cfg, name) != getattr(usual, name)}
+    source = {"finetune_decoder_of": cfg.finetune_decoder_of} if cfg.finetune_decoder_of else {}
+    usual = preset_config(preset, kind, source)
+    given = source | {name: getattr(cfg, name) for name in SETTINGS if getattr(cfg, name) != getattr(usual, name)}
     if steps := manifest["settings"].get("max_steps"):
         given["max_steps"] = steps
     return command_line("python", f"train_{kind}.py", "--preset", preset, "--run_dir", run_dir, *flag_words(given))

@@ -32,8 +32,10 @@ $body</html>
 """)
 
 
-def write_report(run_dir):
-    """Write report.html anew; UserError if the disk does not take it."""
+def write_report(run_dir, rank=0):
+    """Write report.html anew; UserError if the disk does not take it. Of several processes only that of rank 0 writes."""
+    if rank:
+        return
     body = epochs(run_dir, "unet_samples_epoch", "Samples") + epochs(run_dir, "vae_pictures_epoch", "Reconstructions")
     page = PAGE.substitute(title=escape(run_dir), body=body + facts(run_dir))
     write_file(os.path.join(run_dir, "report.html"), page.encode())

@@ -1,10 +1,19 @@
 """Promises of support/flags.py: a flag for each field, presets with a reason, mistakes in one line with exit code 2."""
 
+import shlex
+
 import pytest
 from conftest import assert_one_line_error
 
 from config import LARGEST, SDConfig
-from support.flags import Parser, add_sampling_flags, flags_to_hand_on, parse_training_args, sampling_options
+from support.flags import (
+    Parser,
+    add_sampling_flags,
+    flags_to_hand_on,
+    parse_training_args,
+    sampling_options,
+    training_command,
+)
 
 
 def test_flags_override_the_stage_which_overrides_the_preset():
@@ -21,6 +30,23 @@ def test_flags_override_the_stage_which_overrides_the_preset():
     assert new.adversarial_weight == 0 < sharper.adversarial_weight
     plain = [*words, "--finetune_decoder_of", "a", "--adversarial_weight", "0", "--matching_weight", "0"]
     assert parse_training_args("", "vae", plain)[0].adversarial_weight == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--lr 0.5 --max_images 9",
+        "--finetune_decoder_of a",
+        "--finetune_decoder_of a --adversarial_weight 0 --matching_weight 0",
+    ],
+)
+def test_a_runs_command_trains_the_same_again(words):
+    """What report.html shows, for a decoder's finetuning too, where the preset has other settings."""
+    cfg = parse_training_args("", "vae", ["--preset", "demo", "--run_dir", "b", *words.split()])[0]
+    command = training_command("vae", "b", {"cfg": cfg, "preset": "demo", "settings": {}})
+    python, script, *argv = shlex.split(command)
+    assert (python, script) == ("python", "train_vae.py") and parse_training_args("", "vae", argv)[0] == cfg
 
 
 @pytest.mark.parametrize(
