@@ -116,4 +116,7 @@ def test_in_a_browser_the_slider_shows_each_epoch(tiny_run, browser):
     assert all(browser.execute_script("return [...document.images].map(x => x.naturalWidth)"))
     slider.send_keys("\ue012")  # the arrow to the left
     assert [grid.is_displayed() for grid in grids] == [True, False]
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    said = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [
+        text for text in said if text.startswith("file:")
+    ] == []  # another test's page may say that its app has ended
