@@ -27,7 +27,7 @@ from support import checkpoint, devices, errors, flags, models, report, show
 
 MOST = {"steps": 1000, "pictures": 16, "seed": MAX_SEED - 16}
 MOST_KEPT, PAUSE = 64, 0.1  # pictures in a visitor's gallery; seconds between two pictures on the way, at least
-STYLE = "<style>#picture img { width: 100%; max-height: 32rem; object-fit: contain }</style>"
+STYLE = "<style>#picture img { width: 100%; height: 26rem; object-fit: contain !important }</style>"
 
 
 def main():
