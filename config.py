@@ -283,5 +283,5 @@ SHARPER = {"adversarial_weight": 0.65, "matching_weight": 20.0}
 FINETUNING_PRESETS = {  # what differs besides for train_vae.py --finetune_decoder_of
     "best": SHARPER,
     "best64": {**SHARPER, "lr": 5e-4, "num_epochs": 4},
-    "demo": {**SHARPER, "lr": 5e-4, "num_epochs": 4},
+    "demo": {**SHARPER, "lr": 5e-4, "num_epochs": 3},
 }

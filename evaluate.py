@@ -137,7 +137,11 @@ def parse_args():
     add("--run_dir", help="a finished run (default: the newest of runs/<preset>)")
     add("--epoch", type=flags.positive_int, metavar="N", help="measure this epoch (default: the newest)")
     add("--ema", action="store_true", help="measure the averaged weights")
-    add("--vae", metavar="RUN_DIR", help="decode with this run's VAE, made by train_vae.py --finetune_decoder_of")
+    add(
+        "--vae",
+        metavar="RUN_DIR",
+        help="decode with this run's VAE (train_vae.py --finetune_decoder_of), and compare the two",
+    )
     add("--num_prompts", type=flags.positive_int, default=256, help="pictures of each kind to generate (default: 256)")
     flags.add_sampling_flags(parser)
     add("--text_encoder", help="clip, hash or a directory, if not what the run was trained with")

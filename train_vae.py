@@ -3,7 +3,7 @@
   python train_vae.py                      COCO if it is there (README.md), else the built-in demo
   python train_vae.py --preset demo        64-pixel painted scenes, minutes on two CPU cores
   python train_vae.py --dataset folder --data_root my_pictures --run_dir runs/mine
-  python train_vae.py --run_dir runs/sharper --finetune_decoder_of runs/coco --l1_weight 0.1   for sample.py --vae
+  python train_vae.py --preset demo --run_dir runs/sharper --finetune_decoder_of runs/demo     for sample.py --vae
 
 Writes to the run directory: vae_ckpt_epoch{E}.pth (a plain state_dict), vae_train.csv, vae_held_out.csv,
 vae_curves.png, report.html that shows all, and vae_pictures_epoch{E}.png: held-out pictures above their reconstructions (in
