@@ -19,7 +19,6 @@ import time
 from argparse import Namespace
 from functools import partial
 
-import scenes
 from config import MAX_SEED, check
 from diffusion import configured_process, decode, sample
 from samplers import SAMPLERS_FOR
@@ -76,7 +75,8 @@ def generate(run, made, *order):
 
     try:
         prompt, seeds, options = check_order(run.cfg, *order)
-        for warning in filter(None, (scenes.warning_of(prompt, run.cfg), flags.guidance_warning(options, run.cfg))):
+        unheard = models.prompt_warning(prompt, run.cfg, run.models[-1])
+        for warning in filter(None, (unheard, flags.guidance_warning(options, run.cfg))):
             gr.Warning(warning)
         for step, x in emerge(run, prompt, seeds, options):
             label = f"step {step} of {options['num_steps']}: x0 as the model sees it" if step else prompt

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from PIL import PngImagePlugin
 
-import scenes
 from config import MAX_SEED
 from diffusion import configured_process, decode, latent_shape, sample
 from edit import between_prompts, between_seeds, from_picture, latent_mask
@@ -55,7 +54,7 @@ def main():
     encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
     known = checkpoint.newest_epoch_set(run_dir, "unet", epoch=args.epoch)[1].get("caption", cfg.sample_prompts[0])
     flags.warn_of_lost_quotes("--prompt", args.prompt or [], known)
-    warn_of_unknown_words(cfg, [*prompts, args.negative_prompt])
+    warn_of_unknown_words(cfg, encoder, [*prompts, args.negative_prompt])
     options |= {"size": args.size, "process": configured_process(cfg)}
     try:
         latent_shape(unet, vae, args.size)
@@ -79,7 +78,7 @@ def main():
             make(group, progress=progress)
         progress.close()
     for prompt in () if prompts else typed_prompts():
-        warn_of_unknown_words(cfg, [prompt])
+        warn_of_unknown_words(cfg, encoder, [prompt])
         progress = show.Progress(args.num_images, "sample")
         try:
             make([prompt], progress=progress)
@@ -173,8 +172,8 @@ def picture_edit(args, cfg, vae, device):
     return partial(from_picture, z0=z0, strength=args.strength, repaint=repaint.to(device))
 
 
-def warn_of_unknown_words(cfg, prompts):
-    if odd := scenes.warning_of(" ".join(prompts), cfg):
+def warn_of_unknown_words(cfg, encoder, prompts):
+    if odd := models.prompt_warning(" ".join(prompts), cfg, encoder):
         errors.warn(odd)
 
 

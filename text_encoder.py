@@ -87,28 +87,36 @@ class WordHashTextEncoder(nn.Module):
     """Each lower-cased word becomes a fixed Gaussian vector, seeded by its hash, plus a smaller one for its position.
 
     prompts: list of B strings -> (B, max_length, dim) float32; unused positions are zero, so "" is all zero.
-    This tells words and their order apart, and no more. It knows no synonyms ("automobile" is as far from "car" as from
-    "banana") and no plurals, and a word that is in no training caption is noise to the U-Net.
+    This tells words and their order apart. With `words`, from word_vectors.py, half of a known word's vector tells
+    which words it is like; without them a plural or a synonym is as far from a word as any other. A word that is in no
+    training caption is noise to the U-Net.
     version: 2, or 1 for runs of older code, to which a caption in a script without spaces is one word.
     """
 
     POSITION_WEIGHT = 0.25  # small, so that a word keeps nearly the same vector wherever it stands
 
-    def __init__(self, dim=512, max_length=77, version=2):
+    def __init__(self, dim=512, max_length=77, version=2, words=None):
         super().__init__()
-        self.dim, self.max_length, self.version = dim, max_length, version
-        self.vectors, self.warned = {}, set()  # vectors: a cache, (dim,) for each word and position met
+        self.dim, self.max_length, self.version, self.warned = dim, max_length, version, set()
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
+        self.use(words)
+
+    def use(self, words):
+        self.words, self.vectors = words, {}  # vectors: a cache, (dim,) for each word and position met
+        self.learned = dict(zip(words["ids"].tolist(), words["vectors"])) if words else {}
 
     def key(self):
         """What embeddings depend on, for cache keys. Raise the version when forward() changes."""
-        return {"hash": self.version, "dim": self.dim, "max_length": self.max_length}
+        key = {"hash": self.version, "dim": self.dim, "max_length": self.max_length}
+        return key | ({"words": digest_of(self.words)} if self.words else {})
 
     def vector(self, key):
         if key not in self.vectors:
-            seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:4], "little")
+            seed = hash_of(key) & 0xFFFFFFFF
             # NumPy promises never to change RandomState's numbers, so vectors are the same on all machines and versions
-            self.vectors[key] = torch.from_numpy(np.random.RandomState(seed).randn(self.dim)).float()
+            vector = torch.from_numpy(np.random.RandomState(seed).randn(self.dim)).float()
+            learned = self.learned.get(hash_of(key))
+            self.vectors[key] = vector if learned is None else 0.5**0.5 * (vector + learned)
         return self.vectors[key]
 
     def split(self, prompt):
@@ -124,6 +132,15 @@ class WordHashTextEncoder(nn.Module):
             for i, word in enumerate(words[: self.max_length]):
                 row[i] = self.vector(f"word {word}") + self.POSITION_WEIGHT * self.vector(f"position {i}")
         return out.to(self.device_marker.device)
+
+
+def hash_of(text):
+    """-> a number of 63 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "little") & (2**63 - 1)
+
+
+def digest_of(words):
+    return hashlib.sha256(words["ids"].numpy().tobytes() + words["vectors"].numpy().tobytes()).hexdigest()
 
 
 def words_of(prompt, version=2):
@@ -143,17 +160,17 @@ def is_mark(c):
     return unicodedata.category(c)[0] == "M"
 
 
-def make_text_encoder(source, dim, max_length, trained_with=None, key=None):
-    """source: "clip", "hash" or a directory (--text_encoder). OSError with a one-line message if it cannot be used.
+def make_text_encoder(source, dim, max_length, trained_with=None, key=None, words=None):
+    """source: "clip", "hash", "words" or a directory (--text_encoder). OSError with a one-line message if it cannot be used.
 
-    trained_with: in sampling, the source that the U-Net was trained with; CLIP cannot replace hash, nor hash CLIP.
-    key: of the encoder that the run began with, if there is a run.
+    trained_with: in sampling, the source that the U-Net was trained with; only CLIP can replace CLIP.
+    key: of the encoder that the run began with, if there is a run; words: its learned vectors.
     """
-    if trained_with is not None and (source == "hash") != (trained_with == "hash"):
+    if trained_with not in (None, source) and {source, trained_with} & {"hash", "words"}:
         what = f"the run was trained with {trained_with}, whose embeddings differ"
         raise OSError(f"--text_encoder: {source}: {what}; leave the flag out")
-    if source == "hash":
-        return WordHashTextEncoder(dim, max_length, version=1 if (key or {}).get("hash") == 1 else 2)
+    if source in ("hash", "words"):
+        return WordHashTextEncoder(dim, max_length, 1 if (key or {}).get("hash") == 1 else 2, words)
     encoder = ClipTextEncoder(CLIP_NAME if source == "clip" else source)
     found_dim, found_length = encoder.model.config.hidden_size, encoder.max_length
     if (found_dim, found_length) != (dim, max_length):

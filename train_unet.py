@@ -41,7 +41,7 @@ def main():
     run.open()
     autocast = devices.make_autocast(device, cfg.mixed_precision)
     text_encoder = models.training_text_encoder(cfg, args.run_dir, args.overwrite, device)
-    run.about |= {"text": text_encoder.key(), "code": encoded.hash_code()}  # now: the code may be edited later
+    run.about["code"] = encoded.hash_code()  # now: the code may be edited later
 
     # ---- Data ----
     latents, first_rows, embed, held_out, held_out_captions = read_data(cfg, run, vae, text_encoder)
@@ -121,6 +121,8 @@ def read_data(cfg, run, vae, text_encoder):
         run.about["data"] = data.fingerprint(pixels, captions, held_out, held_out_captions)
         run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
         flags.warn_of_lost_quotes("--sample_prompts", cfg.sample_prompts, run.about["caption"])
+        models.learn_words(text_encoder, captions, run)
+        run.about["text"] = text_encoder.key()
         latents = [encode(pixels, what="encode training pictures")]
         if cfg.horizontal_flips:
             latents.append(encode(pixels, what="encode mirrored pictures", mirrored=True))

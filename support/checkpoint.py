@@ -387,8 +387,9 @@ class Run:
             for (path, entry), module in zip(self.source, modules):
                 load_weights(path, entry, module)
                 print(f"starting from {path}")
-            if self.overwrite:
-                self.delete(self.names())
+            if self.overwrite:  # all but the words that this run has just learned
+                new = f"words_{self.about.get('text', {}).get('words', '')[:8]}.safetensors"
+                self.delete([name for name in self.names() if name != new])
             found = self.load_newest(state)
             self.tidy(KEPT_SETS)
             self.write_manifests(self.follow_command())
@@ -628,4 +629,5 @@ class Run:
         pattern += (
             rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?|report\.html(\.tmp)?"
         )
+        pattern += r"|words_[0-9a-f]{8}\.safetensors(\.tmp)?" if kind == "unet" else ""
         return [name for name in os.listdir(self.dir) if re.fullmatch(pattern, name)]

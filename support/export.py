@@ -57,6 +57,8 @@ def export_run(folder, run_dir, ema=False, source=None, epoch=None):
             write_clip(new, encoder)
         else:
             files.write_file(f"{new}/text_encoder.py", files.read_file(text_encoder.__file__, most=1 << 20))
+        if cfg.text_encoder == "words":
+            files.write_file(f"{new}/word_vectors.safetensors", save(encoder.words))
         if pipeline:
             write_json(f"{new}/model_index.json", MODEL_INDEX)
         sizes = [sum(v.numel() for v in weights.values()) / 1e6 for weights in (vae.state_dict(), unet_weights)]
@@ -172,7 +174,7 @@ OPEN_MODELS = """\
 pipe = StableDiffusionPipeline(  # from this folder
     AutoencoderKL.from_pretrained("vae"), None, None, UNet2DConditionModel.from_pretrained("unet"),
     DDPMScheduler.from_pretrained("scheduler"), None, None, requires_safety_checker=False)
-text_encoder = WordHashTextEncoder({dim}, {length})
+text_encoder = WordHashTextEncoder({dim}, {length}{words})
 prompt = {{"prompt_embeds": text_encoder([{prompt!r}] * 4)}}
 """
 
@@ -182,7 +184,7 @@ ids = tokenizer([{prompt!r}] * 4, padding="max_length", max_length={length}, tru
 prompt_embeds = text_model(ids).last_hidden_state
 """
 
-FLOW_WITH_HASH = "prompt_embeds = WordHashTextEncoder({dim}, {length})([{prompt!r}] * 4)\n"
+FLOW_WITH_HASH = "prompt_embeds = WordHashTextEncoder({dim}, {length}{words})([{prompt!r}] * 4)\n"
 
 FLOW = """\
 vae, unet = AutoencoderKL.from_pretrained("vae"), UNet2DConditionModel.from_pretrained("unet")
@@ -225,6 +227,8 @@ def model_card(cfg, run_dir, name, sizes, with_clip):
     losses = from_csv("\n| U-Net, training loss | {loss:.4f} |", f"{run_dir}/unet_train.csv", steps)
     losses += from_csv("\n| U-Net, held-out loss | {loss:.4f} |", f"{run_dir}/unet_held_out.csv", steps)
     text = "its text encoder, in text_encoder.py, makes a fixed random vector of each word and is not trained"
+    if cfg.text_encoder == "words":
+        text += ", but for words of the captions: half of theirs tells which others are said of the same pictures"
     if with_clip:
         which = f"{CLIP_NAME} at {CLIP_REVISION}" if cfg.text_encoder == "clip" else "a CLIP text model"
         text = f"its text encoder is {which}, frozen"
@@ -268,6 +272,9 @@ def snippet(cfg, with_clip):
     values = {"prompt": errors.printable(cfg.sample_prompts[0]), "dim": cfg.text_dim, "length": cfg.text_length}
     values |= {"steps": cfg.timesteps, "few": min(20, (cfg.timesteps + 1) // 2)}
     lines = [] if with_clip else ["from text_encoder import WordHashTextEncoder  # the file in this folder"]
+    learned = cfg.text_encoder == "words"
+    lines += ["from safetensors.torch import load_file"] if learned else []
+    values["words"] = ', words=load_file("word_vectors.safetensors")' if learned else ""
     if cfg.prediction_type == "flow":
         uses = "AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel"
         lines = ["from PIL import Image", *(lines or ["from transformers import CLIPTextModel, CLIPTokenizer"])]

@@ -1,21 +1,24 @@
 """A run's trained models, checked and ready for use.
 
-What it is not: it trains nothing, and it does not choose a text encoder.
+What it is not: it trains nothing but word vectors, and it does not choose a text encoder.
 """
 
 import os
+import re
 
 import torch
 
+import scenes
 from config import PRESETS
 from support import checkpoint
 from support.devices import memory_format
 from support.errors import UserError, warn
-from support.files import Damaged
-from text_encoder import make_text_encoder
+from support.files import Damaged, read_file, write_file
+from text_encoder import digest_of, hash_of, make_text_encoder
 from training import random_share
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
+from word_vectors import LEAST_PICTURES, MOST_WORDS, learn_word_vectors
 
 VAE_SETTINGS = ("image_size", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
 
@@ -98,11 +101,20 @@ def load_text_encoder(run_dir, cfg, source, device, epoch=None):
     """
     tag, manifest = checkpoint.newest_epoch_set(run_dir, "unet", epoch=epoch)
     key, sizes = manifest.get("text"), (cfg.text_dim, cfg.text_length)
-    encoder = make_text_encoder(source or cfg.text_encoder, *sizes, cfg.text_encoder, key)
+    words = load_words(run_dir, key, cfg.text_dim)
+    encoder = make_text_encoder(source or cfg.text_encoder, *sizes, cfg.text_encoder, key, words)
     if key not in (None, encoder.key()):
         path = checkpoint.manifest_path(run_dir, "unet", tag)
         raise UserError(f"--text_encoder: not the weights that {path} was trained with; give the same ones")
     return encoder.to(device).eval()
+
+
+def prompt_warning(prompt, cfg, encoder):
+    """What to say of a prompt with words that the run's U-Net has not learned; "" if nothing."""
+    words = dict.fromkeys(encoder.split(prompt)) if cfg.text_encoder == "words" else ()
+    unknown = ", ".join(word for word in words if hash_of(f"word {word}") not in encoder.learned)[:100]
+    few = f"{unknown}: in the captions of fewer than {LEAST_PICTURES} training pictures; the U-Net hardly knows it"
+    return few if unknown else scenes.warning_of(prompt, cfg)
 
 
 def begun(run_dir, overwrite):
@@ -111,9 +123,51 @@ def begun(run_dir, overwrite):
 
 
 def training_text_encoder(cfg, run_dir, overwrite, device):
-    """The text encoder to train a U-Net with."""
-    key = begun(run_dir, overwrite).get("text")
-    return make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length, key=key).to(device).eval()
+    """The text encoder to train a U-Net with. Learned word vectors are those that the U-Net knows already, if any."""
+    unet = begun(run_dir, overwrite)
+    key, words, sizes = unet.get("text"), None, (cfg.text_dim, cfg.text_length)
+    if cfg.text_encoder == "words" and unet.get("step"):
+        words = load_words(run_dir, key, cfg.text_dim)
+    elif cfg.text_encoder == "words" and cfg.init_from:
+        source = checkpoint.newest_epoch_set(cfg.init_from, "unet", "--init_from")[1]
+        words = load_words(cfg.init_from, source.get("text"), cfg.text_dim)
+    return make_text_encoder(cfg.text_encoder, *sizes, key=key, words=words).to(device).eval()
+
+
+def learn_words(encoder, captions, run):
+    """With --text_encoder words: learn the words of a new run from its captions, and keep them beside its weights."""
+    if run.cfg.text_encoder != "words":
+        return
+    from safetensors.torch import save  # here: sampling with CLIP needs none
+
+    encoder.use(encoder.words or learn_word_vectors(captions, encoder.dim))
+    path = words_path(run.dir, encoder.key())
+    if not run.world.rank:
+        write_file(path, save(encoder.words))
+    elif not os.path.exists(path):
+        raise UserError(f"{path}: not there, or the processes learned different words; use machines of one kind")
+
+
+def words_path(run_dir, key):
+    return os.path.join(run_dir, f"words_{key['words'][:8]}.safetensors")
+
+
+def load_words(run_dir, key, dim):
+    """The learned word vectors that a manifest's `text` tells of, None if it has none; Damaged if they are others."""
+    if not re.fullmatch("[0-9a-f]{64}", str((key or {}).get("words"))):
+        return None
+    from safetensors.torch import load
+
+    path = words_path(run_dir, key)
+    try:
+        words = load(read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20)))
+        if digest_of(words) == key["words"] and words["vectors"].shape == (len(words["ids"]), dim):
+            return words
+    except Damaged:
+        raise
+    except Exception:  # of a file that is none of these, the library raises many kinds
+        pass
+    raise Damaged(f"{path}: not the word vectors that were saved; restore it")
 
 
 def training_vae(cfg, args, device):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from PIL import Image
 from config import SDConfig
 from diffusion import configured_process, sample
 from support import export, files
-from support.models import load_models
+from support.models import learn_words, load_models, load_text_encoder
 from support.show import append_csv, png_bytes
 from text_encoder import ClipTextEncoder, make_text_encoder
 from unet import TimeEmbedding, UNetLatent
@@ -71,6 +72,11 @@ def make_run(folder, **settings):
         manifest |= {"machine": {"torch": torch.__version__, "device": "cpu"}}
         (folder / f"{kind}_set2.json").write_text(sign(json.loads(json.dumps(manifest))))
         made_from = {"made_from": entries}
+        if settings.get("text_encoder") == "words":
+            encoder = make_text_encoder("words", cfg.text_dim, cfg.text_length)
+            run = SimpleNamespace(dir=folder, cfg=cfg, world=SimpleNamespace(rank=0))
+            learn_words(encoder, [["a dog on the grass"], ["a cat in snow"]] * 5, run)
+            made_from["text"] = encoder.key()
     figures = {"mse": 0.0142, "psnr_db": 24.5, "latent_mean": 0.01, "latent_std": 0.973}
     append_csv(folder / "vae_held_out.csv", {"epoch": 2, "step": 6} | figures)
     append_csv(folder / "unet_held_out.csv", {"epoch": 2, "step": 6, "loss": 0.2154})
@@ -230,6 +236,7 @@ RUNS = {
     "models": {},
     "v-prediction": {"prediction_type": "v_prediction", "scale_betas": True, "timesteps": 100},
     "flow": {"prediction_type": "flow"},
+    "flow with words": {"prediction_type": "flow", "text_encoder": "words"},
     "flow with clip": {"prediction_type": "flow"},
 }
 
@@ -243,7 +250,7 @@ def test_the_cards_snippet_gives_the_picture_of_sample(kind, request, tmp_path, 
     opener = export.export_run(str(tmp_path / "out"), str(tmp_path / "run"))
     assert (opener == "StableDiffusionPipeline") == (tmp_path / "out/model_index.json").exists() == (kind == "pipeline")
     cfg, _, vae, unet, t_embedder = load_models(str(tmp_path / "run"), False, CPU)
-    encoder = make_text_encoder(cfg.text_encoder, cfg.text_dim, cfg.text_length)
+    encoder = load_text_encoder(str(tmp_path / "run"), cfg, None, CPU)
     ours = sample(unet, vae, t_embedder, encoder, PROMPT, cfg.timesteps, 1, process=configured_process(cfg), seeds=[0])
     (tmp_path / "ours.png").write_bytes(png_bytes(ours[0]))
     run_snippet(tmp_path / "out", monkeypatch)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 METHOD = ("vae", "unet", "text_encoder", "diffusion", "samplers", "training")  # knows no files and no processes
-ASIDES = ("adversarial", "similarity")  # of the method, for a second reading
+ASIDES = ("adversarial", "similarity", "word_vectors")  # of the method, for a second reading
 TRAINERS = ("train_vae", "train_unet")
 SCRIPTS = (*TRAINERS, "sample", "evaluate", "get_data", "app")
 SOURCES = {  # module: its text
@@ -106,7 +106,7 @@ def test_the_method_is_read_in_an_hour():
 
 def test_the_house_does_not_grow_unnoticed():
     """5,000 lines are the aim. Who adds lines raises this number on purpose, and who cuts lowers it."""
-    assert sum(map(lines, SOURCES.values())) <= 7_930
+    assert sum(map(lines, SOURCES.values())) <= 8_075
 
 
 def test_the_formatter_has_its_way():

@@ -224,6 +224,27 @@ def test_another_text_encoder_than_the_trained_one_is_refused(copy, run_here):
     assert_one_line_error(run_here(*SAMPLE, cwd=copy), 1, "--text_encoder", "unet_set2.json")
 
 
+def test_word_vectors_belong_to_the_run(tiny_run, tmp_path, run_here):
+    """Learned once, kept through a resumed run and one that starts from its weights, replaced by --overwrite."""
+    shutil.copytree(tiny_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("unet_*", "ema_*", "t_ember_*"))
+    shutil.copytree(tmp_path / "run", tmp_path / "new")
+    words = ["train_unet.py", "--preset", "demo", *flags(TINY | {"text_encoder": "words", "num_epochs": 1})]
+    for more in (["--run_dir", "run"], ["--run_dir", "new", "--init_from", "run", "--captions_per_image", 1]):
+        assert run_here(*words, *more, cwd=tmp_path).returncode == 0
+    (path,), (same,) = ([*(tmp_path / run).glob("words_*")] for run in ("run", "new"))
+    assert path.name == same.name and path.read_bytes() == same.read_bytes()
+    said = run_here(*SAMPLE, "--prompt", "a zebra on the grass", cwd=tmp_path)
+    assert said.returncode == 0 and "zebra" in said.stderr and "of fewer than 5 training pictures" in said.stderr
+    kept = path.read_bytes()
+    for content in (kept[:-1] + b"?", b"", None):
+        path.write_bytes(content) if content is not None else path.unlink()
+        for again in (SAMPLE, [*words, "--run_dir", "run", "--num_epochs", 3]):
+            assert_one_line_error(run_here(*again, cwd=tmp_path), 1, f"run/{path.name}", "restore it")
+    path.with_name("words_01234567.safetensors").write_bytes(kept)
+    assert run_here(*words, "--run_dir", "run", "--overwrite", cwd=tmp_path).returncode == 0
+    assert [p.name for p in (tmp_path / "run").glob("words_*")] == [path.name] and path.read_bytes() == kept
+
+
 def test_pictures_that_are_not_numbers_are_not_written(copy, run_here):
     weights = torch.load(copy / "run/vae_ckpt_epoch2.pth", weights_only=True)
     forge(copy / "run", "unet", "2", "vae_ckpt_epoch2.pth", {k: torch.full_like(v, 3e38) for k, v in weights.items()})

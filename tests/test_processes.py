@@ -48,7 +48,8 @@ def test_two_processes_train_as_one(tmp_path, fork):
     """Loss curves equal to 1e-5 over 20 steps, uneven shares included; the files are written once."""
     for size in (1, 2):
         for script in ("train_vae.py", "train_unet.py"):
-            first, *others = together(fork, size, script, f"run{size}", STEPS, tmp_path)
+            settings = STEPS | {"text_encoder": "words"}
+            first, *others = together(fork, size, script, f"run{size}", settings, tmp_path)
             assert first.stdout.count("wrote ") == 1
             assert not any("VAE" in other.stdout or "wrote" in other.stdout for other in others)
     for file, names in (("vae_train.csv", ("loss", "mse", "kl")), ("unet_train.csv", ("loss",))):

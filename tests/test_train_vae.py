@@ -116,6 +116,7 @@ ALL = {
     "random_scale": True,
     "horizontal_flips": True,
     "captions_per_image": 1,
+    "text_encoder": "words",
 }
 SHORT = {
     "text_dim": 16,

@@ -67,7 +67,7 @@ def main():
     args.data = str(Path(args.data).resolve())
     args.out.mkdir(parents=True, exist_ok=True)
     common = (
-        f"--dataset folder --data_root {args.data} --max_images {args.max_images} --text_encoder hash --text_length 32"
+        f"--dataset folder --data_root {args.data} --max_images {args.max_images} --text_encoder words --text_length 32"
     )
     common = common.split() + ["--cache_dir", str(args.out / "prepared"), *(SMALL.split() if args.small else [])]
 
