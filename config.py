@@ -282,7 +282,7 @@ COCO_VAE = {"lr_schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0
 VAE_PRESETS = {  # what differs besides for train_vae.py
     "coco": COCO_VAE,
     "best": {"optimizer": "adam", "lr": 5e-4},
-    "best64": {"optimizer": "adam", "batch_size": 8, "num_epochs": 3, "lr": 2e-3},
+    "best64": {"batch_size": 8, "num_epochs": 3, "lr": 2.5e-3},
     "demo": {"batch_size": 8, "num_epochs": 1, "lr": 2e-3},
     "coco64": COCO_VAE,
     # parts of a batch as large as at 128 pixels, and as much KL per pixel: the KL is a sum, the MSE a mean
@@ -292,6 +292,6 @@ VAE_PRESETS = {  # what differs besides for train_vae.py
 SHARPER = {"adversarial_weight": 0.65, "matching_weight": 20.0}
 FINETUNING_PRESETS = {  # what differs besides for train_vae.py --finetune_decoder_of
     "best": SHARPER,
-    "best64": {**SHARPER, "lr": 5e-4, "num_epochs": 4},
+    "best64": {**SHARPER, "optimizer": "adam", "lr": 5e-4, "num_epochs": 4},
     "demo": {**SHARPER, "lr": 5e-4, "num_epochs": 3},
 }
