@@ -60,7 +60,8 @@ def main():
     # ---- State ----
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     pays, embed_t = plan.total_steps >= COMPILE_FROM, world.data_parallel(t_embedder)
-    predict = devices.maybe_compile(world.data_parallel(unet), cfg.compile, device, pays)
+    size = world.part_size(min(cfg.batch_size, plan.pictures), cfg.grad_accumulation)
+    predict = devices.maybe_compile(world.data_parallel(unet), cfg, device, pays, size)
     start = training.State(0, 0, 0, torch.zeros((), device=device))
     state = run.resume([unet, t_embedder, ema], optimizer, start, plan)
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)

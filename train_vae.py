@@ -65,7 +65,8 @@ def main():
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     check_start(cfg, plan)
     pays = plan.total_steps >= COMPILE_FROM and not discriminator
-    autoencode = devices.maybe_compile(world.data_parallel(vae), cfg.compile, device, pays)
+    size = world.part_size(min(cfg.batch_size, plan.pictures), cfg.grad_accumulation)
+    autoencode = devices.maybe_compile(world.data_parallel(vae), cfg, device, pays, size)
     start = training.State(0, 0, 0, torch.zeros(5 if discriminator else 3, device=device))
     state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
     parameters, last = checkpoint.parameters_of(optimizer), vae.decoder.conv_out.weight

@@ -11,8 +11,6 @@ from itertools import chain, pairwise
 import torch
 from torch.utils.checkpoint import checkpoint
 
-SHAPES = 64  # that torch.compile may meet: far more than there are of batches and their parts
-
 
 def pick_device():
     """CUDA, else MPS, else CPU."""
@@ -65,12 +63,15 @@ def make_autocast(device, mixed_precision):
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def maybe_compile(module, wanted, device, pays):
-    """The module as torch.compile makes it, if wanted. The weights stay the module's own.
+def maybe_compile(module, cfg, device, pays, count):
+    """The module as torch.compile makes it, if cfg.compile says so. The weights stay the module's own.
 
-    wanted: True, False, or None: on CUDA, in a run that is long enough to win back what compiling takes (pays). What
-    then cannot be compiled runs as it is, with PyTorch's warnings.
+    count: of the samples in the calls that are compiled. Others, as the last batch of an epoch, run as they are, for
+    each number of samples would be compiled anew: a choice by the number alone, so a resumed run makes it again.
+    cfg.compile: True, False, or None: on CUDA, in a run that is long enough to win back what compiling takes (pays).
+    What then cannot be compiled runs as it is, with PyTorch's warnings.
     """
+    wanted = cfg.compile
     if wanted is None:
         wanted = device.type == "cuda" and pays
         if wanted:
@@ -79,10 +80,12 @@ def maybe_compile(module, wanted, device, pays):
             torch._functorch.config.force_non_lazy_backward_lowering = True
     if not wanted:
         return module
-    print("the model is compiled at its first step with each batch size, for minutes; --no-compile leaves that out")
-    torch._dynamo.config.recompile_limit = SHAPES  # beyond it PyTorch goes on without compiling
-    # each shape by itself: code for any shape has other last bits, and a resumed run would differ from an unbroken one
-    return torch.compile(module, dynamic=False)
+    if cfg.cache_dir:  # the next run then waits for a twentieth of the time
+        kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
+    print("the model is compiled at its first step, for minutes; --no-compile leaves that out")
+    compiled = torch.compile(module, dynamic=False)
+    return lambda x, *others: (compiled if len(x) == count else module)(x, *others)
 
 
 def checkpoint_blocks(module, wanted):

@@ -3,16 +3,20 @@
 import contextlib
 import json
 import shutil
+import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, TINY, TRAIN, assert_one_line_error, files, flags, picture, randomize, rows, run_script
+from conftest import SMALL, TINY, TRAIN, assert_one_line_error, bits, files, flags, picture, randomize, rows, run_script
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 import diffusion
 import train_unet
+import training
 from diffusion import configured_process
 from text_encoder import WordHashTextEncoder
 from unet import TimeEmbedding, UNetLatent
@@ -82,19 +86,60 @@ def test_real_coco_pictures_real_tokens_whole_pipeline(real_data, clip_dir, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("also", [[], ["--grad_checkpointing"]])
-def test_compiled_models_train_as_the_plain_ones(tmp_path, run_here, also):
-    settings = SMALL | {"mixed_precision": "no", "num_epochs": 1, "batch_size": 6, "save_minutes": 60}
+def test_compiled_models_train_as_the_plain_ones(tmp_path, run_here, monkeypatch, also):
+    """And have the same bits if the run is broken off."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    settings = SMALL | {"mixed_precision": "no", "num_epochs": 1, "batch_size": 5, "save_minutes": 60}
     settings |= {"image_size": 8, "block_out_channels": (8,), "num_heads": 2}
     for run, more in (("plain", []), ("compiled", ["--compile", *also])):
         for script in ("train_vae.py", "train_unet.py"):
             command = ("--preset", "demo", "--run_dir", run, *more, *flags(settings))
             assert run_here(script, *command, cwd=tmp_path).returncode == 0
+    stop_after(2, monkeypatch)  # what comes next is the smaller last batch
+    for script in ("train_vae.py", "train_unet.py"):
+        command = (
+            "--preset",
+            "demo",
+            "--run_dir",
+            "resumed",
+            "--compile",
+            *also,
+            *flags(settings | {"save_minutes": 0}),
+        )
+        assert [run_here(script, *command, cwd=tmp_path).returncode for _ in range(2)] == [9, 0]
+    assert bits(tmp_path / "resumed") == bits(tmp_path / "compiled")
     for file in ("vae_train.csv", "vae_held_out.csv", "unet_train.csv", "unet_held_out.csv"):
         plain, compiled = (rows(tmp_path / run / file) for run in ("plain", "compiled"))
         for a, b in zip(plain, compiled, strict=True):
             assert [float(v) for v in a.values()] == pytest.approx([float(v) for v in b.values()], abs=1e-4)
     names = [p.name for p in sorted((tmp_path / "plain").iterdir())]
     assert names == [p.name for p in sorted((tmp_path / "compiled").iterdir())]
+
+
+def stop_after(step, monkeypatch):
+    """Each process that takes the step after that one leaves with exit code 9 instead; the next does not."""
+    real, taken = training.optimizer_step, []
+
+    def optimizer_step(*args):
+        taken.append(args)
+        if len(taken) % (step + 2) == step + 1:
+            sys.exit(9)
+        real(*args)
+
+    monkeypatch.setattr(training, "optimizer_step", optimizer_step)
+
+
+def test_a_run_compiles_its_model_once(tmp_path, run_here, monkeypatch):
+    """Of batches of 5, 5 and 2 those of 5; of their parts of 3, 2, 1 and 1 those of 3."""
+    real, settings = torch.compile, SMALL | {"batch_size": 5, "num_epochs": 2, "save_minutes": 60, "cache_dir": ""}
+    for script, parts in (("train_vae.py", 1), ("train_unet.py", 2)):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        monkeypatch.setattr(torch, "compile", partial(real, backend=counter))
+        words = ["--preset", "demo", "--run_dir", "run", "--compile", "--grad_accumulation", parts, *flags(settings)]
+        result = run_here(script, *words, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("count, captions", [(4, ["a cat", "a dog"]), (24, ["the same"]), (24, [""])])
