@@ -26,7 +26,7 @@ from unet import TimeEmbedding, UNetLatent
 from vae import reparameterize
 
 SAMPLES_PER_PROMPT = 2
-COMPILE_FROM = 20_000  # steps on CUDA from which torch.compile saves more time than it takes, as timed on an H200
+COMPILE_FROM = 20_000  # steps from which torch.compile pays on an H200: 70 s over 10.7 - 7.1 ms a step
 
 
 def main():

@@ -27,7 +27,7 @@ from vae import AutoencoderKL, held_out_figures, pictures_per_pass, vae_loss
 
 LOSSES = ("loss", "mse", "kl", "adversarial", "discriminator")  # the last two with --adversarial_weight
 GRID_PICTURES = 8
-COMPILE_FROM = 2_200  # steps on CUDA from which torch.compile saves more time than it takes, as timed on an H200
+COMPILE_FROM = 2_200  # steps from which torch.compile pays on an H200: 89 s over 63 - 22 ms a step
 
 
 def main():
