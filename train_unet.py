@@ -45,6 +45,7 @@ def main():
 
     # ---- Data ----
     latents, first_rows, embed, held_out, held_out_captions = read_data(cfg, run, vae, text_encoder)
+    devices.keep_compiled(cfg, device)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)

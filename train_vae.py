@@ -48,6 +48,7 @@ def main():
 
     # ---- Data ----
     pixels, held_out = read_data(cfg, run)
+    devices.keep_compiled(cfg, device)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)

@@ -63,11 +63,20 @@ def make_autocast(device, mixed_precision):
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def keep_compiled(cfg, device):
+    """What torch.compile makes is kept in cfg.cache_dir, for the next start. Call it before there is an optimizer: making
+    one loads what reads the variable."""
+    wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if wanted and os.access(cfg.cache_dir, os.W_OK):
+        kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
+
+
 def maybe_compile(module, cfg, device, pays, count):
     """The module as torch.compile makes it, if cfg.compile says so. The weights stay the module's own.
 
-    count: of the samples in the calls that are compiled. Others, as the last batch of an epoch, run as they are, for
-    each number of samples would be compiled anew: a choice by the number alone, so a resumed run makes it again.
+    count: samples in a call that is compiled. Others, as the last batch of an epoch, run as they are: each number would
+    be compiled anew. The number alone decides, so a resumed run has the same bits as an unbroken one.
     cfg.compile: True, False, or None: on CUDA, in a run that is long enough to win back what compiling takes (pays).
     What then cannot be compiled runs as it is, with PyTorch's warnings.
     """
@@ -80,9 +89,6 @@ def maybe_compile(module, cfg, device, pays, count):
             torch._functorch.config.force_non_lazy_backward_lowering = True
     if not wanted:
         return module
-    if cfg.cache_dir:  # the next run then waits for a twentieth of the time
-        kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
     print("the model is compiled at its first step, for minutes; --no-compile leaves that out")
     compiled = torch.compile(module, dynamic=False)
     return lambda x, *others: (compiled if len(x) == count else module)(x, *others)

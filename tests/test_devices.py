@@ -12,6 +12,7 @@ from support.devices import (
     computes_in_bf16,
     copied_back_ahead,
     gather_rows,
+    keep_compiled,
     make_autocast,
     maybe_compile,
     memory_format,
@@ -58,24 +59,28 @@ def settings(compile, cache_dir=""):
 
 
 @pytest.mark.parametrize(
-    "compile, cache_dir, before, after",
+    "compile, device, cache_dir, before, after",
     [
-        (True, "kept", None, "{here}/kept/compiled"),
-        (True, "kept", "/mine", "/mine"),
-        (True, "", None, None),
-        (False, "kept", None, None),
+        (True, CPU, "prepared", None, "prepared/compiled"),
+        (None, CUDA, "prepared", None, "prepared/compiled"),
+        (True, CPU, "prepared", "/mine", "/mine"),
+        (True, CPU, "", None, None),
+        (True, CPU, "missing", None, None),
+        (None, CPU, "prepared", None, None),
+        (False, CUDA, "prepared", None, None),
     ],
 )
-def test_what_is_compiled_is_kept_with_what_is_prepared(compile, cache_dir, before, after, tmp_path, monkeypatch):
-    """Unless the user has a place for it, wants nothing kept, or nothing compiled."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    monkeypatch.setenv(name, before or "")
+def test_what_is_compiled_is_kept_with_what_is_prepared(
+    compile, device, cache_dir, before, after, tmp_path, monkeypatch
+):
+    """Unless the user has a place for it, nothing is to be kept or nothing compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before or "")
     if before is None:
-        del os.environ[name]
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    (tmp_path / "prepared").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)  # PyTorch's sets it to its own default
-    maybe_compile(ResnetBlock(8, 16, 1), settings(compile, cache_dir), CPU, False, 3)
-    assert os.environ.get(name) == (after and after.format(here=tmp_path))
+    keep_compiled(settings(compile, cache_dir), device)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (after and str(tmp_path / after))
 
 
 @pytest.mark.slow
