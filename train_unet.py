@@ -45,7 +45,6 @@ def main():
 
     # ---- Data ----
     latents, first_rows, embed, held_out, held_out_captions = read_data(cfg, run, vae, text_encoder)
-    devices.keep_compiled(cfg, device)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -61,8 +60,7 @@ def main():
     # ---- State ----
     plan = training.Plan(len(latents[0]), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     pays, embed_t = plan.total_steps >= COMPILE_FROM, world.data_parallel(t_embedder)
-    size = world.part_size(min(cfg.batch_size, plan.pictures), cfg.grad_accumulation)
-    predict = devices.maybe_compile(world.data_parallel(unet), cfg, device, pays, size)
+    predict = devices.maybe_compile(world.data_parallel(unet), cfg, device, pays, world.part_size(plan, cfg))
     start = training.State(0, 0, 0, torch.zeros((), device=device))
     state = run.resume([unet, t_embedder, ema], optimizer, start, plan)
     gradients = partial(batch_gradients, predict, embed_t, optimizer, autocast, cfg, world)
@@ -128,6 +126,7 @@ def read_data(cfg, run, vae, text_encoder):
             latents.append(encode(pixels, what="encode mirrored pictures", mirrored=True))
         held_out = encode(held_out, what="encode held-out pictures").to(device)
         embed = encoded.embed_captions(text_encoder, captions, run.about, device, cfg)
+    devices.keep_compiled(cfg, device)
     return latents, data.number_captions(captions), embed, held_out, held_out_captions
 
 

@@ -48,7 +48,6 @@ def main():
 
     # ---- Data ----
     pixels, held_out = read_data(cfg, run)
-    devices.keep_compiled(cfg, device)
 
     # ---- Model ----
     torch.manual_seed(cfg.seed)
@@ -66,8 +65,7 @@ def main():
     plan = training.Plan(len(pixels), cfg.batch_size, cfg.num_epochs, args.max_steps, cfg.seed)
     check_start(cfg, plan)
     pays = plan.total_steps >= COMPILE_FROM and not discriminator
-    size = world.part_size(min(cfg.batch_size, plan.pictures), cfg.grad_accumulation)
-    autoencode = devices.maybe_compile(world.data_parallel(vae), cfg, device, pays, size)
+    autoencode = devices.maybe_compile(world.data_parallel(vae), cfg, device, pays, world.part_size(plan, cfg))
     start = training.State(0, 0, 0, torch.zeros(5 if discriminator else 3, device=device))
     state = run.resume([vae], optimizer, start, plan, [discriminator] if discriminator else [])
     parameters, last = checkpoint.parameters_of(optimizer), vae.decoder.conv_out.weight
@@ -120,6 +118,7 @@ def read_data(cfg, run):
         pixels, captions, held_out, held_out_captions = data.read_dataset(cfg, cfg.random_crop)
     run.about["data"] = data.fingerprint(pixels, [len(pixels), len(held_out)], held_out)
     run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
+    devices.keep_compiled(cfg, run.world.device)
     return devices.move_if_it_fits(pixels, run.world.device), held_out
 
 

@@ -64,11 +64,11 @@ def make_autocast(device, mixed_precision):
 
 
 def keep_compiled(cfg, device):
-    """What torch.compile makes is kept in cfg.cache_dir, for the next start. Call it before there is an optimizer: making
+    """What torch.compile makes is kept in cfg.cache_dir, if that is there. Call it before there is an optimizer: making
     one loads what reads the variable."""
     wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
-    if wanted and os.access(cfg.cache_dir, os.W_OK):
-        kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
+    kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
+    if wanted and os.access(cfg.cache_dir, os.W_OK) and " " not in kept:  # PyTorch's calls of a compiler fail there
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
 
 

@@ -66,6 +66,7 @@ def settings(compile, cache_dir=""):
         (True, CPU, "prepared", "/mine", "/mine"),
         (True, CPU, "", None, None),
         (True, CPU, "missing", None, None),
+        (True, CPU, "with space", None, None),
         (None, CPU, "prepared", None, None),
         (False, CUDA, "prepared", None, None),
     ],
@@ -73,11 +74,12 @@ def settings(compile, cache_dir=""):
 def test_what_is_compiled_is_kept_with_what_is_prepared(
     compile, device, cache_dir, before, after, tmp_path, monkeypatch
 ):
-    """Unless the user has a place for it, nothing is to be kept or nothing compiled."""
+    """Unless the user has a place for it, nothing is to be kept or nothing compiled; PyTorch's compiler knows no spaces."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before or "")
     if before is None:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    (tmp_path / "prepared").mkdir()
+    for name in ("prepared", "with space"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     keep_compiled(settings(compile, cache_dir), device)
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (after and str(tmp_path / after))
