@@ -11,8 +11,6 @@ from itertools import chain, pairwise
 import torch
 from torch.utils.checkpoint import checkpoint
 
-SHAPES = 64  # that torch.compile may meet: far more than there are of batches and their parts
-
 
 def pick_device():
     """CUDA, else MPS, else CPU."""
@@ -65,12 +63,24 @@ def make_autocast(device, mixed_precision):
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def maybe_compile(module, wanted, device, pays):
-    """The module as torch.compile makes it, if wanted. The weights stay the module's own.
+def keep_compiled(cfg, device):
+    """What torch.compile makes is kept in cfg.cache_dir, if that is there. Call it before there is an optimizer: making
+    one loads what reads the variable."""
+    wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
+    kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
+    if wanted and os.access(cfg.cache_dir, os.W_OK) and " " not in kept:  # PyTorch's calls of a compiler fail there
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
 
-    wanted: True, False, or None: on CUDA, in a run that is long enough to win back what compiling takes (pays). What
-    then cannot be compiled runs as it is, with PyTorch's warnings.
+
+def maybe_compile(module, cfg, device, pays, count):
+    """The module as torch.compile makes it, if cfg.compile says so. The weights stay the module's own.
+
+    count: samples in a call that is compiled. Others, as the last batch of an epoch, run as they are: each number would
+    be compiled anew. The number alone decides, so a resumed run has the same bits as an unbroken one.
+    cfg.compile: True, False, or None: on CUDA, in a run that is long enough to win back what compiling takes (pays).
+    What then cannot be compiled runs as it is, with PyTorch's warnings.
     """
+    wanted = cfg.compile
     if wanted is None:
         wanted = device.type == "cuda" and pays
         if wanted:
@@ -79,10 +89,9 @@ def maybe_compile(module, wanted, device, pays):
             torch._functorch.config.force_non_lazy_backward_lowering = True
     if not wanted:
         return module
-    print("the model is compiled at its first step with each batch size, for minutes; --no-compile leaves that out")
-    torch._dynamo.config.recompile_limit = SHAPES  # beyond it PyTorch goes on without compiling
-    # each shape by itself: code for any shape has other last bits, and a resumed run would differ from an unbroken one
-    return torch.compile(module, dynamic=False)
+    print("the model is compiled at its first step, for minutes; --no-compile leaves that out")
+    compiled = torch.compile(module, dynamic=False)
+    return lambda x, *others: (compiled if len(x) == count else module)(x, *others)
 
 
 def checkpoint_blocks(module, wanted):

@@ -65,6 +65,10 @@ class World(NamedTuple):
             for part in np.array_split(share, parts)
         ]
 
+    def part_size(self, plan, cfg):
+        """How many samples the first micro batch of a whole batch has."""
+        return self.micro_batches(min(plan.batch_size, plan.pictures), cfg.grad_accumulation)[0][0].stop
+
     def average(self, tensor):
         """The tensor's mean over all processes, the same on each; in place."""
         if self.size > 1:

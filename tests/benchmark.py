@@ -129,7 +129,7 @@ def unet_steps(device):
     def our_step(compile=False):
         unet, t_ember = copy.deepcopy(first).train(), copy.deepcopy(first_t_ember)
         optimizer = training.make_optimizer([unet, t_ember], cfg)
-        predict = devices.maybe_compile(unet, compile, device, False)
+        predict = devices.maybe_compile(unet, replace(cfg, compile=compile, cache_dir=""), device, False, len(z_t))
 
         def step():
             with autocast():
@@ -148,7 +148,7 @@ def unet_steps(device):
         adam = torch.optim.Adam(
             unet.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True if tuned else None
         )
-        predict = devices.maybe_compile(unet, compile, device, False)
+        predict = torch.compile(unet, dynamic=False) if compile else unet
 
         def step():
             with torch.autocast(device.type, torch.bfloat16, enabled=tuned and devices.computes_in_bf16(device)):

@@ -2,12 +2,21 @@
 can show is skipped without one."""
 
 import contextlib
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from conftest import randomize
+from torch._dynamo.testing import CompileCounter
 
 from config import PRESETS, SDConfig
 from support.cuda_graph import WARM_UP, record_cuda_graph
+from support.devices import checkpoint_blocks, maybe_compile
+from support.processes import World
+from train_unet import batch_gradients
+from training import clip_gradients, make_optimizer, optimizer_step
+from unet import TimeEmbedding, UNetLatent
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -142,6 +151,30 @@ def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning_that_says_why(f
     assert warning.count("\n") == 1 and "no CUDA graph" in warning and "not permitted" in warning
 
 
+def test_a_compiled_model_is_recorded_and_other_batches_as_they_are(fake_cuda, tiny, monkeypatch):
+    """Nothing is compiled anew while CUDA records, nor for the smaller last batch of an epoch."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    unet, embed_t = randomize(UNetLatent(tiny)).train(), TimeEmbedding(tiny.time_dim)
+    parameters, cpu = [*unet.parameters(), *embed_t.parameters()], torch.device("cpu")
+    options = make_optimizer([unet, embed_t], tiny), contextlib.nullcontext, tiny, World(0, 1, cpu)
+    compiled = maybe_compile(unet, replace(tiny, compile=True, cache_dir=""), cpu, False, 4)
+
+    def loss_of(model):
+        return lambda *inputs: batch_gradients(model, embed_t, *options, len(inputs[0]), *inputs)[0]
+
+    step, calls, _ = fake_cuda(loss_of(compiled), parameters)
+    for n in [4, 4, 2, 4, 4, 2, 4, 2, 2, 4, 2, 4]:
+        z, target = torch.randn(2, n, *unet.latent_shape)
+        inputs = z, target, torch.randint(tiny.timesteps, (n,)), torch.randn(n, 12, tiny.text_dim)
+        loss, found = step(*inputs), [p.grad.clone() for p in parameters]
+        torch.testing.assert_close(loss, loss_of(unet)(*inputs))
+        for p, gradient in zip(parameters, found):
+            torch.testing.assert_close(gradient, p.grad)
+    assert counter.frame_count == 1 and calls.count("recorded") == 2
+
+
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
 def test_other_devices_get_the_function_itself(device):
     assert record_cuda_graph(len, device) is len
@@ -156,9 +189,6 @@ def test_unet_step_is_the_same_replayed(checkpointing):
 def trained_unet(replay, checkpointing=False):
     """Losses and norms of twenty steps with batches of two sizes in turn, and then of the weights."""
     from diffusion import prediction_loss
-    from support.devices import checkpoint_blocks
-    from training import clip_gradients, make_optimizer, optimizer_step
-    from unet import TimeEmbedding, UNetLatent
 
     cfg, found = SDConfig(**PRESETS["demo"]), []
     torch.manual_seed(0)
@@ -229,7 +259,6 @@ def test_layers_have_the_same_values_in_the_form_that_is_compiled_for_cuda(dtype
 def test_samples_are_the_same_replayed():
     """Twelve steps in one go, which replay, and one by one, which do not."""
     from diffusion import guided_denoiser, make_process, sampling_grid
-    from unet import TimeEmbedding, UNetLatent
 
     cfg = SDConfig(**PRESETS["demo"])
     torch.manual_seed(0)

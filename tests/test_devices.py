@@ -4,13 +4,15 @@ import os
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import TINY, randomize
 
+from config import SDConfig
 from support.devices import (
     checkpoint_blocks,
     computes_in_bf16,
     copied_back_ahead,
     gather_rows,
+    keep_compiled,
     make_autocast,
     maybe_compile,
     memory_format,
@@ -48,14 +50,46 @@ def test_what_pays_is_compiled_unless_told_otherwise(compiler):
     """By itself on CUDA alone, and in long runs alone; what torch.compile() returns compiles nothing until it is called."""
     block = ResnetBlock(8, 16, 1)
     choices = [(True, CPU, False), (False, CUDA, True), (None, CPU, True), (None, CUDA, False), (None, CUDA, True)]
-    assert [maybe_compile(block, *choice) is not block for choice in choices] == [True, False, False, False, True]
+    found = [maybe_compile(block, settings(wanted), *where, 3) is not block for wanted, *where in choices]
+    assert found == [True, False, False, False, True]
+
+
+def settings(compile, cache_dir=""):
+    return SDConfig(**TINY | {"compile": compile, "cache_dir": cache_dir})
+
+
+@pytest.mark.parametrize(
+    "compile, device, cache_dir, before, after",
+    [
+        (True, CPU, "prepared", None, "prepared/compiled"),
+        (None, CUDA, "prepared", None, "prepared/compiled"),
+        (True, CPU, "prepared", "/mine", "/mine"),
+        (True, CPU, "", None, None),
+        (True, CPU, "missing", None, None),
+        (True, CPU, "with space", None, None),
+        (None, CPU, "prepared", None, None),
+        (False, CUDA, "prepared", None, None),
+    ],
+)
+def test_what_is_compiled_is_kept_with_what_is_prepared(
+    compile, device, cache_dir, before, after, tmp_path, monkeypatch
+):
+    """Unless the user has a place for it, nothing is to be kept or nothing compiled; PyTorch's compiler knows no spaces."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before or "")
+    if before is None:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    for name in ("prepared", "with space"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    keep_compiled(settings(compile, cache_dir), device)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (after and str(tmp_path / after))
 
 
 @pytest.mark.slow
 def test_all_that_can_fail_is_compiled_where_errors_are_suppressed(compiler):
     """The backward pass with the forward pass: without a compiler afterwards there are gradients all the same."""
     block, x = ResnetBlock(8, 40, 1), torch.randn(3, 8, 8, 8)
-    loss = maybe_compile(block, None, CUDA, True)(x).pow(2).mean()
+    loss = maybe_compile(block, settings(None), CUDA, True, 3)(x).pow(2).mean()
     with compiler.patch({"cpp.cxx": ("no_compiler",)}):
         found = torch.autograd.grad(loss, block.parameters())
     expected = torch.autograd.grad(block(x).pow(2).mean(), block.parameters())
@@ -69,28 +103,30 @@ def test_what_cannot_be_compiled_is_run_as_it_is(compiler):
     """Nobody has asked for it, so a machine without a compiler trains all the same."""
     block, x = ResnetBlock(8, 24, 1), torch.randn(3, 8, 8, 8)
     with compiler.patch({"cpp.cxx": ("no_compiler",)}):
-        assert torch.equal(maybe_compile(block, None, CUDA, True)(x), block(x))
+        assert torch.equal(maybe_compile(block, settings(None), CUDA, True, 3)(x), block(x))
         torch._dynamo.config.suppress_errors = False
         torch._dynamo.reset()
         with pytest.raises(RuntimeError, match="no_compiler"):
-            maybe_compile(block, True, CPU, True)(x)
+            maybe_compile(block, settings(True), CPU, True, 3)(x)
 
 
 @pytest.mark.slow
-def test_what_is_compiled_gives_the_same_bits_after_another_shape(compiler):
-    """As after the smaller last batch of an epoch, which a resumed run may not have seen yet."""
+def test_batches_of_another_size_run_as_they_are(compiler):
+    """As the smaller last batch of an epoch, which a resumed run may see first. It changes no bits of those after it."""
     block = ResnetBlock(8, 16, 1)
-    call = maybe_compile(block, True, CPU, False)
+    call = maybe_compile(block, settings(True), CPU, False, 8)
 
-    def gradients(x):
+    def gradients(call, x):
         with torch.autocast("cpu", torch.bfloat16):
             loss = call(x).float().pow(2).mean()
         return torch.autograd.grad(loss, block.parameters())
 
     x = torch.randn(8, 8, 16, 16)
-    before = gradients(x)
-    gradients(x[:7])
-    assert all(torch.equal(a, b) for a, b in zip(before, gradients(x)))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(call, x[:7]), gradients(block, x[:7])))
+    before = gradients(call, x)
+    gradients(call, x[:7])
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(call, x)))
+    assert not all(torch.equal(a, b) for a, b in zip(before, gradients(block, x)))  # it was compiled
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
