@@ -55,7 +55,7 @@ def main():
     encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
     known = checkpoint.newest_epoch_set(run_dir, "unet", epoch=args.epoch)[1].get("caption", cfg.sample_prompts[0])
     flags.warn_of_lost_quotes("--prompt", args.prompt or [], known)
-    warn_of_unknown_words(cfg, [*prompts, args.negative_prompt])
+    scenes.warn_of_unknown_words(" ".join([*prompts, args.negative_prompt]), cfg, errors.warn)
     options |= {"size": args.size, "process": configured_process(cfg)}
     try:
         latent_shape(unet, vae, args.size)
@@ -79,7 +79,7 @@ def main():
             make(group, progress=progress)
         progress.close()
     for prompt in () if prompts else typed_prompts():
-        warn_of_unknown_words(cfg, [prompt])
+        scenes.warn_of_unknown_words(prompt, cfg, errors.warn)
         progress = show.Progress(args.num_images, "sample")
         try:
             make([prompt], progress=progress)
@@ -108,17 +108,13 @@ def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
             save_png(out, prompts[0], f"interpolated{k}" if way else f"seed{seed}", image, texts[-1])
         shown += [image.clone() for image in x[: GRID_PICTURES - len(shown)]]  # a view would keep the whole batch
         progress.update(len(numbers))
-    paths = [save_png(out, prompts[0], "grid", square(shown), texts[0])]
+    paths = [save_png(out, prompts[0], "grid", show.square(shown), texts[0])]
     if args.steps_strip:
         frames = [*decoded_steps(nets[1], emerging), torch.stack(shown[:STRIP_PICTURES])]  # (B, 3, H, W) each
         strip = show.make_grid(torch.stack(frames, dim=1).flatten(0, 1), len(frames))  # a row for each picture
         paths.append(save_png(out, prompts[0], "steps", strip, texts[0]))
-        paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(square, frames))))
+        paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(show.square, frames))))
     progress.say(f"wrote {args.num_images} pictures of {' to '.join(map(repr, prompts))}, and {', '.join(paths)}")
-
-
-def square(images):
-    return show.make_grid(torch.stack([*images]), math.ceil(math.sqrt(len(images))))
 
 
 def decoded_steps(vae, emerging):
@@ -171,11 +167,6 @@ def picture_edit(args, cfg, vae, device):
             raise errors.UserError(f"--mask {args.mask}: {what}; give a mask of the picture's size")
         repaint = latent_mask(torch.from_numpy(np.asarray(mask.convert("L")) >= 128), z0)
     return partial(from_picture, z0=z0, strength=args.strength, repaint=repaint.to(device))
-
-
-def warn_of_unknown_words(cfg, prompts):
-    if odd := scenes.warning_of(" ".join(prompts), cfg):
-        errors.warn(odd)
 
 
 def typed_prompts():
@@ -256,7 +247,7 @@ def read_prompts(path):
 def save_png(folder, prompt, ending, image, text):
     """Save (3, H, W) in [0, 1] under a free name made from the prompt -> the path."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", text.encode("utf-8", "replace").decode())
+    info.add_text("parameters", text)
     return save(folder, prompt, ending, "png", show.png_bytes(image, pnginfo=info))
 
 

@@ -6,6 +6,7 @@ What it is not: it measures nothing.
 import csv
 import io
 import json
+import math
 import os
 import time
 
@@ -121,6 +122,11 @@ def make_grid(images, columns, border=2):
     return grid
 
 
+def square(images):
+    """(3, H, W) each -> a grid of about as many rows as columns."""
+    return make_grid(torch.stack([*images]), math.ceil(math.sqrt(len(images))))
+
+
 def save_grid(path, images, columns):
     """images: (N, 3, H, W) in [0, 1] -> one PNG, `columns` pictures to a row."""
     write_file(path, png_bytes(make_grid(images, columns)))
@@ -158,7 +164,7 @@ def parameters(prompt, options, seed, image, model_name):
         settings += ", Guidance interval: {:g} to {:g}".format(*options["guidance_interval"])
     if options["guidance_scale"] != 1 and options["guidance_rescale"]:
         settings += f", Guidance rescale: {options['guidance_rescale']:g}"
-    return f"{prompt}\n{negative}{settings}"
+    return f"{prompt}\n{negative}{settings}".encode("utf-8", "replace").decode()  # no lone surrogates
 
 
 def quoted(value):
