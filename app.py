@@ -21,7 +21,7 @@ from samplers import SAMPLERS_FOR
 from support import checkpoint, devices, errors, flags, models, report, show
 
 MOST_KEPT, PAUSE = 64, 0.1  # pictures in a visitor's gallery; seconds between two pictures on the way, at least
-STEPS = {"steps": 1, "guidance": 0.1, "from (0 clean)": 0.1, "to (1 noise)": 0.1, "seed": 1, "pictures": 1}  # of arrows
+ARROW_STEPS = {"steps": 1, "guidance": 0.1, "from (0 clean)": 0.1, "to (1 noise)": 0.1, "seed": 1, "pictures": 1}
 STYLE = """#picture img { width: 100%; height: 26rem; object-fit: contain !important } #facts pre { white-space: pre-wrap }
 #facts :is(th, td) { padding: 0 2rem 0 0; border: 0; vertical-align: top }"""
 
@@ -125,7 +125,7 @@ def emerge(run, prompt, seeds, options, found, gone, due=0):
 
 
 def make_page(gr, run):
-    numbers = run.cfg.sample_steps or run.cfg.timesteps, run.cfg.guidance_scale, *run.cfg.guidance_interval, 0, 4
+    values = run.cfg.sample_steps or run.cfg.timesteps, run.cfg.guidance_scale, *run.cfg.guidance_interval, 0, 4
     with gr.Blocks(title=run.title, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
         gr.HTML(f"<style>{STYLE}</style><h2>{report.escape(run.title)}</h2>")
         with gr.Row():
@@ -134,7 +134,7 @@ def make_page(gr, run):
                 order += [gr.Textbox(label="negative prompt", elem_id="negative_prompt", max_lines=4)]
                 with gr.Row():
                     order += [gr.Dropdown(SAMPLERS_FOR[run.cfg.prediction_type], label="sampler", min_width=120)]
-                    for (label, step), value in zip(STEPS.items(), numbers):
+                    for (label, step), value in zip(ARROW_STEPS.items(), values):
                         order += [gr.Number(value, label=label, elem_id=label.split()[0], step=step, min_width=120)]
                     go, stop = gr.Button("Generate", variant="primary", elem_id="go"), gr.Button("Stop")
                 outputs = [gr.Image(format="png", label="picture", elem_id="picture", interactive=False), order[0]]
