@@ -1,19 +1,14 @@
 """A page in the browser: type a prompt, and watch its pictures emerge from noise.
 
-  pip install -r requirements-app.txt
   python app.py                                       the newest of runs/<preset>
-  python app.py --run_dir runs/mine --port 8000
-  python app.py --host 0.0.0.0                        for everybody on the network, without a password
+  python app.py --run_dir runs/mine --host 0.0.0.0    for everybody on the network, without a password
 
 Its pictures have the bits of those of sample.py, and hold the same `parameters`. Visitors share the models and take turns.
 What it is not: it writes nothing into the run, loads nothing from elsewhere, and guards nothing from who can reach the port.
 """
 
-import html
-import math
 import queue
 import socket
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -24,18 +19,19 @@ from diffusion import configured_process, decode, sample
 from samplers import SAMPLERS_FOR
 from support import checkpoint, devices, errors, flags, models, report, show
 
-MOST = {"steps": 1000, "pictures": 16, "seed": MAX_SEED - 16}
 MOST_KEPT, PAUSE = 64, 0.1  # pictures in a visitor's gallery; seconds between two pictures on the way, at least
-STYLE = "<style>#picture img { width: 100%; height: 26rem; object-fit: contain !important }</style>"
+ARROW_STEPS = {"steps": 1, "guidance": 0.1, "from (0 clean)": 0.1, "to (1 noise)": 0.1, "seed": 1, "pictures": 1}
+STYLE = """#picture img { width: 100%; height: 26rem; object-fit: contain !important } #facts pre { white-space: pre-wrap }
+#facts :is(th, td) { padding: 0 2rem 0 0; border: 0; vertical-align: top }"""
 
 
 def main():
     args = parse_args()
     try:
-        import gradio  # noqa: F401
+        import gradio
     except ImportError:
         raise errors.UserError("app.py: gradio is not installed; pip install -r requirements-app.txt") from None
-    page = make_page(Run(args.run_dir or models.newest_run()))
+    page = make_page(gradio, Run(args.run_dir or models.newest_run()))
     page.launch(server_name=args.host, server_port=args.port, share=False, prevent_thread_lock=True, quiet=True)
     print(f"{page.title}; open {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
@@ -50,8 +46,7 @@ def parse_args():
     try:
         socket.create_server((args.host, args.port or 0)).close()
     except (OSError, OverflowError) as e:
-        what = f"--port: {args.port}" if args.port else f"--host: {args.host}"
-        parser.error(f"{what}: cannot be had ({e}); give another")
+        parser.error(f"--{'port' if args.port else 'host'}: {args.port or args.host} cannot be had ({e}); give another")
     return args
 
 
@@ -69,110 +64,83 @@ class Run:
         self.title = errors.printable(f"{run_dir}: epoch {tag} of {self.cfg.num_epochs}{early}")
 
 
-def generate(run, made, *order):
-    """Yields (picture, gallery, made): x0 on the way, then the result. made: [(picture, its parameters)], newest first."""
-    import gradio as gr
-
+def generate(gr, run, made, *order):
+    """Yields (picture, made, gallery): x0 on the way, then the result. made: [(picture, its parameters)], newest first."""
+    found, gone, step = queue.SimpleQueue(), threading.Event(), 0
     try:
-        prompt, seeds, options = check_order(run.cfg, *order)
-        unheard = models.prompt_warning(prompt, run.cfg, run.models[-1])
-        for warning in filter(None, (unheard, flags.guidance_warning(options, run.cfg))):
-            gr.Warning(warning)
-        for step, x in emerge(run, prompt, seeds, options):
-            label = f"step {step} of {options['num_steps']}: x0 as the model sees it" if step else prompt
-            grid = show.to_pil(show.make_grid(x, math.ceil(math.sqrt(len(x)))))
-            yield gr.Image(grid, label=label), gr.skip(), gr.skip()
-    except Exception as e:
-        message = e if isinstance(e, errors.UserError) else errors.explain(e)
-        if message is None:  # a fault of ours: show the traceback
-            raise
-        raise gr.Error(errors.printable(message).removeprefix("--"), print_exception=False) from None
-    made = [*(sign(run, prompt, options, seed, image) for seed, image in zip(seeds, x)), *made][:MOST_KEPT]
-    yield gr.skip(), made, made
-
-
-def check_order(cfg, prompt, negative_prompt, steps, sampler, guidance_scale, low, high, seed, pictures):
-    """What the page asks for -> prompt, seeds, arguments of sample(); UserError if it does not fit the run."""
-    prompt, negative_prompt = (text.encode("utf-8", "replace").decode() for text in (prompt, negative_prompt))
-    check(prompt.strip(), "prompt", "is empty; type what the picture is to show")
-    for name, value in {"steps": steps, "pictures": pictures, "seed": seed}.items():
-        least, most = int(name != "seed"), MOST[name]
-        whole = value is not None and value % 1 == 0 and least <= value <= most
-        check(whole, name, f"{value} is out of range; give a whole number from {least} to {most}")
-    check(None not in (low, high), "guidance_interval", "is empty; give two numbers from 0 to 1")
-    guidance = {"guidance_scale": guidance_scale, "guidance_interval": (low, high), "negative_prompt": negative_prompt}
-    options = flags.check_sampling(Namespace(steps=int(steps), sampler=sampler, eta=0.0, **guidance), cfg)
-    return prompt, range(int(seed), int(seed + pictures)), options | {"process": configured_process(cfg)}
-
-
-def emerge(run, prompt, seeds, options):
-    """Yields (step, x0 as pictures (N, 3, H, W)) on the way, then (None, the pictures).
-
-    A thread of its own samples: Gradio runs each step of a generator on any thread, and PyTorch's modes are a thread's.
-    """
-    found, gone, due = queue.SimpleQueue(), threading.Event(), 0
-
-    def watch(i, x0):
-        nonlocal due
-        if gone.is_set():
-            sys.exit()  # ends this thread alone
-        if (start := time.monotonic()) >= due:
-            found.put((i + 1, decode(run.vae, x0).cpu()))
-            due = time.monotonic() + max(PAUSE, 3 * (time.monotonic() - start))  # decoding takes a quarter at most
-
-    def work():
-        try:
-            with run.busy, run.autocast():
-                x = sample(*run.models, prompt, num_samples=len(seeds), seeds=seeds, watch=watch, **options).cpu()
-            check(x.isfinite().all(), run.name, "gives values that are not numbers; train with a lower --lr")
-            found.put((None, x))
-        except Exception as e:
-            found.put((None, e))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        step = 0
+        prompt, seeds, options = asked = check_order(run, gr.Warning, *order)
+        # a thread of its own: Gradio runs each step of a generator on any thread, and PyTorch's modes are a thread's
+        threading.Thread(target=emerge, args=(run, *asked, found, gone), daemon=True).start()
         while step is not None:
             step, x = found.get()
             if isinstance(x, Exception):
                 raise x
-            yield step, x
+            label = f"step {step}: x0 as the model sees it" if step else errors.printable(prompt)
+            yield gr.Image(show.to_pil(show.square(x)), label=label), gr.skip(), gr.skip()
+    except Exception as e:
+        if (message := errors.explain(e)) is None:  # a fault of ours: show the traceback
+            raise
+        raise gr.Error(errors.printable(message).removeprefix("--"), print_exception=False) from None
     finally:
         gone.set()  # the visitor may have left
+    texts = [show.parameters(prompt, options, seed, image, run.name) for seed, image in zip(seeds, x)]
+    made = [*zip(map(show.to_pil, x), texts), *made][:MOST_KEPT]
+    for picture, text in made:
+        picture.info["parameters"] = text  # what Gradio writes into its file
+    yield gr.skip(), made, made
 
 
-def sign(run, prompt, options, seed, image):
-    """-> a picture with its parameters within, as sample.py writes it, and these."""
-    picture = show.to_pil(image)
-    picture.info["parameters"] = show.parameters(prompt, options, seed, image, run.name)
-    return picture, picture.info["parameters"]
+def check_order(run, warn, prompt, negative_prompt, sampler, steps, guidance_scale, low, high, seed, pictures):
+    """What the page asks for -> prompt, seeds, arguments of sample(); UserError if it does not fit the run."""
+    check(prompt.strip(), "prompt", "is empty; type what the picture is to show")
+    ranges = ("steps", steps, 1, 1000), ("pictures", pictures, 1, 16), ("seed", seed, 0, MAX_SEED - 16)
+    for name, value, least, most in ranges:
+        whole = value is not None and value % 1 == 0 and least <= value <= most
+        check(whole, name, f"{value} is out of range; give a whole number from {least} to {most}")
+    models.warn_of_unknown_words(f"{prompt} {negative_prompt}", run.cfg, run.models[-1], warn)
+    guidance = {"guidance_scale": guidance_scale, "guidance_interval": (low, high), "negative_prompt": negative_prompt}
+    options = flags.check_sampling(Namespace(steps=int(steps), sampler=sampler, eta=0.0, **guidance), run.cfg, warn)
+    return prompt, range(int(seed), int(seed + pictures)), options | {"process": configured_process(run.cfg)}
 
 
-def make_page(run):
-    """-> gradio.Blocks"""
-    import gradio as gr
+def emerge(run, prompt, seeds, options, found, gone, due=0):
+    """Puts (step, x0 as pictures (N, 3, H, W)) into `found` on the way, then (None, the pictures or an Exception)."""
 
-    cfg, samplers, number = run.cfg, SAMPLERS_FOR[run.cfg.prediction_type], partial(gr.Number, min_width=120)
-    with gr.Blocks(title=run.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(f"{STYLE}<h2>{html.escape(run.title)}</h2>")
+    def watch(i, x0):
+        nonlocal due
+        if gone.is_set():
+            raise SystemExit  # ends this thread alone
+        if (start := time.monotonic()) >= due:
+            found.put((f"{i + 1} of {options['num_steps']}", decode(run.vae, x0).cpu()))
+            due = time.monotonic() + max(PAUSE, 3 * (time.monotonic() - start))  # decoding takes a quarter at most
+
+    try:
+        with run.busy, run.autocast():
+            x = sample(*run.models, prompt, num_samples=len(seeds), seeds=seeds, watch=watch, **options).cpu()
+        check(x.isfinite().all(), run.name, "gives values that are not numbers; train with a lower --lr")
+    except Exception as e:
+        x = e
+    found.put((None, x))
+
+
+def make_page(gr, run):
+    values = run.cfg.sample_steps or run.cfg.timesteps, run.cfg.guidance_scale, *run.cfg.guidance_interval, 0, 4
+    with gr.Blocks(title=run.title, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
+        gr.HTML(f"<style>{STYLE}</style><h2>{report.escape(run.title)}</h2>")
         with gr.Row():
-            with gr.Column():
+            with gr.Column(scale=2, min_width=480):
                 order = [gr.State([]), gr.Textbox(run.example, label="prompt", elem_id="prompt", max_lines=4)]
                 order += [gr.Textbox(label="negative prompt", elem_id="negative_prompt", max_lines=4)]
                 with gr.Row():
-                    order += [number(cfg.sample_steps or cfg.timesteps, label="steps", elem_id="steps")]
-                    order += [gr.Dropdown(samplers, value=samplers[0], label="sampler", min_width=120)]
-                    order += [number(cfg.guidance_scale, label="guidance", elem_id="guidance", step=0.1)]
-                    order += [number(cfg.guidance_interval[0], label="from (0 clean)", step=0.1)]
-                    order += [number(cfg.guidance_interval[1], label="to (1 noise)", step=0.1)]
-                    order += [number(0, label="seed", elem_id="seed"), number(4, label="pictures", elem_id="pictures")]
-                with gr.Row():
+                    order += [gr.Dropdown(SAMPLERS_FOR[run.cfg.prediction_type], label="sampler", min_width=120)]
+                    for (label, step), value in zip(ARROW_STEPS.items(), values):
+                        order += [gr.Number(value, label=label, elem_id=label.split()[0], step=step, min_width=120)]
                     go, stop = gr.Button("Generate", variant="primary", elem_id="go"), gr.Button("Stop")
-            picture = gr.Image(format="png", label="picture", elem_id="picture", interactive=False)
-        gallery = gr.Gallery(format="png", label="made so far", elem_id="gallery", columns=8, height="auto")
-        gr.HTML(lambda: report.facts(run.dir))  # anew for each visitor
-        outputs = [picture, gallery, order[0]]
-        asked = gr.on([go.click, order[1].submit], partial(generate, run), order, outputs, show_progress="minimal")
+                outputs = [gr.Image(format="png", label="picture", elem_id="picture", interactive=False), order[0]]
+                outputs += [gr.Gallery(format="png", label="made so far", elem_id="gallery", columns=8, height="auto")]
+            with gr.Column(scale=3, min_width=640):
+                gr.HTML(lambda: report.facts(run.dir), elem_id="facts")  # anew for each visitor
+        asked = gr.on([go.click, order[1].submit], partial(generate, gr, run), order, outputs, show_progress="minimal")
         stop.click(None, cancels=asked)
     return page
 

@@ -199,10 +199,10 @@ def check_field(f, value):
         return
     low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
     high = LARGEST if high is None else high
-    kind = tuple if isinstance(f.default, tuple) else kind_of(f)
-    right_type = isinstance(value, (kind, int) if kind is float else kind)
+    kind, entries = kind_of(f), value if isinstance(value, tuple) else (value,)
+    right_type = all(isinstance(v, (kind, int) if kind is float else kind) for v in entries)
+    right_type &= isinstance(value, tuple) == isinstance(f.default, tuple)
     check(right_type, f.name, f"{value!r} is of the wrong type; give a {kind.__name__}")
-    entries = value if isinstance(value, tuple) else (value,)
     check(len(entries) > 0, f.name, "is empty; give at least one value")
     for v in entries:
         if choices:

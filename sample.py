@@ -28,7 +28,7 @@ from config import MAX_SEED
 from diffusion import configured_process, decode, latent_shape, sample
 from edit import between_prompts, between_seeds, from_picture, latent_mask
 from support import checkpoint, devices, errors, files, flags, models, show
-from support.show import parameters, quoted
+from support.show import parameters
 from text_encoder import words_of
 
 IMAGES_PER_BATCH, GRID_PICTURES = 32, 100  # the grid shows the first ones
@@ -54,37 +54,35 @@ def main():
     encoder = models.load_text_encoder(run_dir, cfg, args.text_encoder, device, args.epoch)
     known = checkpoint.newest_epoch_set(run_dir, "unet", epoch=args.epoch)[1].get("caption", cfg.sample_prompts[0])
     flags.warn_of_lost_quotes("--prompt", args.prompt or [], known)
-    warn_of_unknown_words(cfg, encoder, [*prompts, args.negative_prompt])
+    models.warn_of_unknown_words(" ".join([*prompts, args.negative_prompt]), cfg, encoder, errors.warn)
     options |= {"size": args.size, "process": configured_process(cfg)}
     try:
         latent_shape(unet, vae, args.size)
     except ValueError as e:
         errors.usage_error(f"--size: {e}; give others")
     options["edit"] = picture_edit(args, cfg, vae, device) if args.init_image is not None else None
-    notes = f", Denoising strength: {args.strength:g}" if args.init_image is not None else ""
+    notes = {"Denoising strength": f"{args.strength:g}"} if args.init_image is not None else {}
     for what, path in ("VAE", args.vae), ("Init image", args.init_image), ("Mask", args.mask):
-        name = path if what == "VAE" else os.path.basename(path or "")
-        notes += f", {what}: {quoted(errors.printable(name))}" if name else ""
+        notes[what] = errors.printable((path if what == "VAE" else os.path.basename(path)) if path else "")
 
     out = args.out or os.path.join(run_dir, "samples")
     os.makedirs(out, exist_ok=True)
     autocast = devices.make_autocast(device, args.mixed_precision or cfg.mixed_precision)
     nets, about = (unet, vae, t_embedder, encoder), (model_name, notes)
-    make = partial(make_pictures, args=args, nets=nets, options=options, autocast=autocast, about=about, out=out)
+
+    def make(groups):
+        with contextlib.closing(show.Progress(len(groups) * args.num_images, "sample")) as progress:
+            for group in groups:
+                make_pictures(group, args, nets, options, autocast, about, out, progress)
+
     if prompts:
-        groups = [prompts] if args.interpolate is not None else [[prompt] for prompt in prompts]
-        progress = show.Progress(len(groups) * args.num_images, "sample")
-        for group in groups:
-            make(group, progress=progress)
-        progress.close()
+        make([prompts] if args.interpolate is not None else [[prompt] for prompt in prompts])
     for prompt in () if prompts else typed_prompts():
-        warn_of_unknown_words(cfg, encoder, [prompt])
-        progress = show.Progress(args.num_images, "sample")
+        models.warn_of_unknown_words(prompt, cfg, encoder, errors.warn)
         try:
-            make([prompt], progress=progress)
+            make([[prompt]])
         except errors.UserError as e:
             print(f"error: {errors.printable(e)}", file=sys.stderr)
-        progress.close()
 
 
 def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
@@ -92,32 +90,27 @@ def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
     shown, texts, emerging, (model_name, notes) = [], [], {}, about
     for first in range(0, args.num_images, IMAGES_PER_BATCH):
         numbers = range(args.num_images)[first : first + IMAGES_PER_BATCH]
-        asked = {"prompt": prompts[0], "seeds": [args.seed + k for k in numbers]}
+        asked, places = {"prompt": prompts[0], "seeds": [args.seed + k for k in numbers]}, [{}] * len(numbers)
         if args.interpolate is not None:
-            asked |= interpolation(prompts, args, nets[-1], options["edit"], numbers)
+            asked, places = interpolation(prompts, args, nets[-1], options["edit"], numbers)
         if args.steps_strip and first == 0:
             asked["watch"] = lambda i, x0: emerging.update({i: x0[:STRIP_PICTURES].clone()})
         with autocast():
             x = sample(*nets, num_samples=len(numbers), **options | asked).cpu()
-        for image, seed, k in zip(x, asked["seeds"], numbers):  # (3, H, W) each
+        for image, seed, k, place in zip(x, asked["seeds"], numbers, places):  # (3, H, W) each
             if not image.isfinite().all():
                 raise errors.UserError(f"{model_name}: gives values that are not numbers; train with a lower --lr")
-            way = place_on_way(prompts, args, k)
-            texts.append(parameters(prompts[0], options, seed, image, model_name + notes + way))
-            save_png(out, prompts[0], f"interpolated{k}" if way else f"seed{seed}", image, texts[-1])
+            texts.append(parameters(prompts[0], options, seed, image, model_name, notes | place))
+            save_png(out, prompts[0], f"interpolated{k}" if place else f"seed{seed}", image, texts[-1])
         shown += [image.clone() for image in x[: GRID_PICTURES - len(shown)]]  # a view would keep the whole batch
         progress.update(len(numbers))
-    paths = [save_png(out, prompts[0], "grid", square(shown), texts[0])]
+    paths = [save_png(out, prompts[0], "grid", show.square(shown), texts[0])]
     if args.steps_strip:
         frames = [*decoded_steps(nets[1], emerging), torch.stack(shown[:STRIP_PICTURES])]  # (B, 3, H, W) each
         strip = show.make_grid(torch.stack(frames, dim=1).flatten(0, 1), len(frames))  # a row for each picture
         paths.append(save_png(out, prompts[0], "steps", strip, texts[0]))
-        paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(square, frames))))
+        paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(show.square, frames))))
     progress.say(f"wrote {args.num_images} pictures of {' to '.join(map(repr, prompts))}, and {', '.join(paths)}")
-
-
-def square(images):
-    return show.make_grid(torch.stack([*images]), math.ceil(math.sqrt(len(images))))
 
 
 def decoded_steps(vae, emerging):
@@ -128,23 +121,16 @@ def decoded_steps(vae, emerging):
 
 
 def interpolation(prompts, args, encoder, edit, numbers):
-    """-> what differs in the arguments of sample() for these pictures of a way."""
-    u, others = torch.tensor([k / (args.num_images - 1) for k in numbers]), [args.interpolate] * len(numbers)
-    changed = {"seeds": [args.seed] * len(u)}
+    """-> arguments of sample() for these pictures of a way; for each what `parameters` say of its place there."""
+    u, leads, asked = [k / (args.num_images - 1) for k in numbers], {}, {"prompt": prompts[0]}
     if len(prompts) > 1:
-        changed["prompt"] = between_prompts(encoder, *prompts, u)
+        asked["prompt"] = between_prompts(encoder, *prompts, torch.tensor(u))
+        leads["To prompt"] = " ".join(prompts[1].split())
     if args.interpolate != args.seed:
-        changed["edit"] = lambda sampler: between_seeds(edit(sampler) if edit else sampler, others, u)
-    return changed
-
-
-def place_on_way(prompts, args, k):
-    """Settings for `parameters`: where picture k is on its way, and where that leads; "" if it is on none."""
-    if args.interpolate is None:
-        return ""
-    to_prompt = f", To prompt: {quoted(' '.join(prompts[1].split()))}" if len(prompts) > 1 else ""
-    to_seed = f", To seed: {args.interpolate}" if args.interpolate != args.seed else ""
-    return f", Interpolation: {k / (args.num_images - 1):.3g}{to_prompt}{to_seed}"
+        seeds = [args.interpolate] * len(u)
+        asked["edit"] = lambda sampler: between_seeds(edit(sampler) if edit else sampler, seeds, torch.tensor(u))
+        leads["To seed"] = args.interpolate
+    return asked | {"seeds": [args.seed] * len(u)}, [{"Interpolation": f"{share:.3g}"} | leads for share in u]
 
 
 @torch.no_grad()
@@ -172,11 +158,6 @@ def picture_edit(args, cfg, vae, device):
     return partial(from_picture, z0=z0, strength=args.strength, repaint=repaint.to(device))
 
 
-def warn_of_unknown_words(cfg, encoder, prompts):
-    if odd := models.prompt_warning(" ".join(prompts), cfg, encoder):
-        errors.warn(odd)
-
-
 def typed_prompts():
     """Prompts as they are typed, up to an empty line or Ctrl-D."""
     with contextlib.suppress(ImportError):
@@ -191,11 +172,7 @@ def parse_args():
     parser = flags.Parser(description=__doc__.split("\n\n")[0])
     add, what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     what("--prompt", nargs="+", action="extend", help="one or more prompts, each in quotes")
-    what(
-        "--export",
-        metavar="DIR",
-        help="make a folder for diffusers; goes with --run_dir, --epoch, --ema, --text_encoder",
-    )
+    what("--export", metavar="DIR", help="a folder for diffusers; goes with --run_dir, --epoch, --ema, --text_encoder")
     add("--prompts_file", metavar="FILE", help="more prompts, one per line")
     add("--num_images", type=flags.positive_int, default=4, help="pictures per prompt (default: 4)")
     flags.add_sampling_flags(parser)
@@ -221,18 +198,15 @@ def parse_args():
     for name, value in vars(args).items() if args.export else ():
         if name not in ("export", "run_dir", "epoch", "ema", "text_encoder") and value != parser.get_default(name):
             parser.error(f"--{name}: --export does not use it")
-    if not 0 <= args.seed <= MAX_SEED - args.num_images:
-        parser.error(f"--seed: {args.seed} is out of range; give 0 to {MAX_SEED - args.num_images}")
     for name in ("strength", "mask"):
         if getattr(args, name) is not None and args.init_image is None:
             parser.error(f"--{name}: goes with --init_image FILE, which is missing")
     if args.strength is None:
         args.strength = 1.0 if args.init_image is None or args.mask is not None else 0.75
-    if not 0 <= args.strength <= 1:
-        parser.error(f"--strength: {args.strength} is out of range; give 0 to 1")
     args.interpolate = args.seed if args.interpolate == math.inf else args.interpolate
-    if args.interpolate is not None and not 0 <= args.interpolate <= MAX_SEED:
-        parser.error(f"--interpolate: {args.interpolate} is no seed; give 0 to {MAX_SEED}")
+    for name, most in ("seed", MAX_SEED - args.num_images), ("strength", 1), ("interpolate", MAX_SEED):
+        if not 0 <= (getattr(args, name) or 0) <= most:
+            parser.error(f"--{name}: {getattr(args, name)} is out of range; give 0 to {most}")
     if args.interpolate is not None and args.num_images < 2:
         parser.error("--interpolate: has two ends; give --num_images 2 or more")
     return args
@@ -255,7 +229,7 @@ def read_prompts(path):
 def save_png(folder, prompt, ending, image, text):
     """Save (3, H, W) in [0, 1] under a free name made from the prompt -> the path."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", text.encode("utf-8", "replace").decode())
+    info.add_text("parameters", text)
     return save(folder, prompt, ending, "png", show.png_bytes(image, pnginfo=info))
 
 

@@ -81,11 +81,11 @@ def unknown_words(prompt):
     return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in known]
 
 
-def warning_of(prompt, cfg):
-    """What to say of a prompt that asks a run on scenes for what none has; "" if nothing."""
+def warn_of_unknown_words(prompt, cfg, warn):
+    """warn(line) if a prompt asks a run on scenes for what none has."""
     words = ", ".join(unknown_words(prompt))[:100]
-    scenes = cfg.dataset == "scenes" and words
-    return f"no painted scene has {words!r}; python scenes.py --words lists all words" if scenes else ""
+    if cfg.dataset == "scenes" and words:
+        warn(f"no painted scene has {words!r}; python scenes.py --words lists all words")
 
 
 @cache

@@ -87,9 +87,8 @@ class WordHashTextEncoder(nn.Module):
     """Each lower-cased word becomes a fixed Gaussian vector, seeded by its hash, plus a smaller one for its position.
 
     prompts: list of B strings -> (B, max_length, dim) float32; unused positions are zero, so "" is all zero.
-    This tells words and their order apart. With `words`, from word_vectors.py, half of a known word's vector tells
-    which words it is like; without them a plural or a synonym is as far from a word as any other. A word that is in no
-    training caption is noise to the U-Net.
+    This tells words and their order apart; with `words`, from word_vectors.py, half of a word's vector also tells which
+    others it is like. A word that is in no training caption is noise to the U-Net.
     version: 2, or 1 for runs of older code, to which a caption in a script without spaces is one word.
     """
 

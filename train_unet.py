@@ -121,8 +121,7 @@ def read_data(cfg, run, vae, text_encoder):
         run.about["data"] = data.fingerprint(pixels, captions, held_out, held_out_captions)
         run.about["caption"] = flags.example_caption([*held_out_captions, *captions])
         flags.warn_of_lost_quotes("--sample_prompts", cfg.sample_prompts, run.about["caption"])
-        models.learn_words(text_encoder, captions, run)
-        run.about["text"] = text_encoder.key()
+        run.about["text"] = models.learn_words(text_encoder, captions, run)
         latents = [encode(pixels, what="encode training pictures")]
         if cfg.horizontal_flips:
             latents.append(encode(pixels, what="encode mirrored pictures", mirrored=True))

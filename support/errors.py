@@ -39,12 +39,10 @@ def run_script(main):
         if group := process_group():
             group.barrier()  # rank 0 may still be writing
             group.destroy_process_group()
-    except UserError as e:
-        fail(e)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (OSError, RuntimeError, MemoryError) as e:
+    except (UserError, OSError, RuntimeError, MemoryError) as e:
         message = explain(e)
         if message is None:  # a fault of ours: show the traceback
             raise
@@ -58,7 +56,9 @@ def run_script(main):
 
 
 def explain(e):
-    """-> what a user can do about an error of the system or of PyTorch, or None if nothing."""
+    """-> what a user can do about an error, of the system's and PyTorch's too, or None if nothing."""
+    if isinstance(e, UserError):
+        return str(e)
     last_line = str(e).strip().split("\n")[-1].removeprefix("OSError: ")  # of another process's error: what it was
     if isinstance(e, OSError):
         if e.errno in (errno.EMFILE, errno.ENFILE):

@@ -194,16 +194,13 @@ def add_sampling_flags(parser):
 def sampling_options(args, cfg):
     """The flags as arguments of sample(); ends with code 2 and one line if they do not fit the run or each other."""
     try:
-        options = check_sampling(args, cfg)
+        return check_sampling(args, cfg, warn)
     except UserError as e:
         usage_error(e)
-    if warning := guidance_warning(options, cfg):
-        warn(warning)
-    return options
 
 
-def check_sampling(args, cfg):
-    """The flags as arguments of sample(); UserError if they do not fit the run or each other."""
+def check_sampling(args, cfg, warn):
+    """The flags as arguments of sample(); UserError if they do not fit the run or each other, warn(line) in doubt."""
     steps, flow = args.steps or cfg.sample_steps or cfg.timesteps, cfg.prediction_type == "flow"
     guidance = {name: getattr(cfg, name) for name in GUIDANCE} | given_settings(args, GUIDANCE)
     scale = guidance["guidance_scale"]
@@ -218,10 +215,7 @@ def check_sampling(args, cfg):
         sampler = choose_sampler(cfg.prediction_type, args.sampler)
     except ValueError as e:
         raise UserError(f"--sampler: {e}") from None
+    if scale != 1 and not cfg.caption_dropout:
+        warn("the run was trained without --caption_dropout; guidance has nothing to compare with")
     options = {"num_steps": steps, "sampler": sampler, "eta": args.eta, "guidance_scale": scale}
     return options | {"negative_prompt": args.negative_prompt} | guidance
-
-
-def guidance_warning(options, cfg):
-    lacking = options["guidance_scale"] != 1 and not cfg.caption_dropout
-    return "the run was trained without --caption_dropout; guidance has nothing to compare with" if lacking else ""

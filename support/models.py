@@ -109,12 +109,12 @@ def load_text_encoder(run_dir, cfg, source, device, epoch=None):
     return encoder.to(device).eval()
 
 
-def prompt_warning(prompt, cfg, encoder):
-    """What to say of a prompt with words that the run's U-Net has not learned; "" if nothing."""
+def warn_of_unknown_words(prompt, cfg, encoder, warn):
+    """warn(line) if a prompt has words that the run's U-Net has not learned."""
     words = dict.fromkeys(encoder.split(prompt)) if cfg.text_encoder == "words" else ()
-    unknown = ", ".join(word for word in words if hash_of(f"word {word}") not in encoder.learned)[:100]
-    few = f"{unknown}: in the captions of fewer than {LEAST_PICTURES} training pictures; the U-Net hardly knows it"
-    return few if unknown else scenes.warning_of(prompt, cfg)
+    if rare := ", ".join(word for word in words if hash_of(f"word {word}") not in encoder.learned)[:100]:
+        warn(f"{rare}: in the captions of fewer than {LEAST_PICTURES} training pictures; the U-Net hardly knows it")
+    scenes.warn_of_unknown_words(prompt, cfg, warn)
 
 
 def begun(run_dir, overwrite):
@@ -135,9 +135,9 @@ def training_text_encoder(cfg, run_dir, overwrite, device):
 
 
 def learn_words(encoder, captions, run):
-    """With --text_encoder words: learn the words of a new run from its captions, and keep them beside its weights."""
+    """With --text_encoder words learn those of a new run from its captions, and keep them beside its weights -> key()."""
     if run.cfg.text_encoder != "words":
-        return
+        return encoder.key()
     from safetensors.torch import save  # here: sampling with CLIP needs none
 
     encoder.use(encoder.words or learn_word_vectors(captions, encoder.dim))
@@ -146,6 +146,7 @@ def learn_words(encoder, captions, run):
         write_file(path, save(encoder.words))
     elif not os.path.exists(path):
         raise UserError(f"{path}: not there, or the processes learned different words; use machines of one kind")
+    return encoder.key()
 
 
 def words_path(run_dir, key):

@@ -73,16 +73,14 @@ def facts(run_dir):
             manifest = checkpoint.read_manifest(run_dir, kind, checkpoint.sets_of(run_dir, kind)[0])
         except (IndexError, UserError):  # not yet there, or damaged
             continue
-        figures, settings = {}, {k: v for k, v in vars(manifest["cfg"]).items() if v != ""}
+        found, settings = {}, {k: v for k, v in vars(manifest["cfg"]).items() if v != ""}
         with contextlib.suppress(OSError, ValueError, csv.Error, IndexError):
-            figures = show.csv_rows(os.path.join(run_dir, f"{kind}_held_out.csv"))[-1]
+            found = show.csv_rows(os.path.join(run_dir, f"{kind}_held_out.csv"))[-1]
         command = escape(flags.training_command(kind, run_dir, manifest))
         text += f"<h2>train_{kind}.py</h2>\n<pre>{command}</pre>\n{image(run_dir, f'{kind}_curves.png')}\n"
-        for title, rows in ("Held-out figures, newest epoch", figures), ("Settings", settings):
+        for title, rows in ("Held-out figures, newest epoch", found), ("Settings", settings):
             cells = "".join(f"\n<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
-            text += (
-                f"<details{' open' * (rows is figures)}><summary>{title}</summary><table>{cells}</table></details>\n"
-            )
+            text += f"<details{' open' * (rows is found)}><summary>{title}</summary><table>{cells}</table></details>\n"
     return text
 
 

@@ -6,6 +6,7 @@ What it is not: it measures nothing.
 import csv
 import io
 import json
+import math
 import os
 import time
 
@@ -121,6 +122,11 @@ def make_grid(images, columns, border=2):
     return grid
 
 
+def square(images):
+    """(3, H, W) each -> a grid of about as many rows as columns."""
+    return make_grid(torch.stack([*images]), math.ceil(math.sqrt(len(images))))
+
+
 def save_grid(path, images, columns):
     """images: (N, 3, H, W) in [0, 1] -> one PNG, `columns` pictures to a row."""
     write_file(path, png_bytes(make_grid(images, columns)))
@@ -146,19 +152,21 @@ def to_pil(x):
     return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def parameters(prompt, options, seed, image, model_name):
-    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, the negative prompt, then one line of settings."""
+def parameters(prompt, options, seed, image, model_name, notes=()):
+    """The `parameters` text of AUTOMATIC1111's web UI: the prompt, the negative prompt, then one line of settings.
+
+    notes: {setting: value}, further ones. What is "" is left out.
+    """
     prompt, negative = (" ".join(text.split()) for text in (prompt, options["negative_prompt"]))
     negative = f"Negative prompt: {negative}\n" if options["negative_prompt"] else ""
-    settings = f"Steps: {options['num_steps']}, Sampler: {options['sampler'].upper()}"
-    settings += f", CFG scale: {options['guidance_scale']:g}, Seed: {seed}"
-    settings += f", Size: {image.shape[2]}x{image.shape[1]}, Model: {model_name}"
-    settings += f", Eta: {options['eta']}" if options["eta"] else ""
-    if options["guidance_scale"] != 1 and options["guidance_interval"] != (0, 1):
-        settings += ", Guidance interval: {:g} to {:g}".format(*options["guidance_interval"])
-    if options["guidance_scale"] != 1 and options["guidance_rescale"]:
-        settings += f", Guidance rescale: {options['guidance_rescale']:g}"
-    return f"{prompt}\n{negative}{settings}"
+    scale, interval, rescale = (options[f"guidance_{name}"] for name in ("scale", "interval", "rescale"))
+    settings = {"Steps": options["num_steps"], "Sampler": options["sampler"].upper(), "CFG scale": f"{scale:g}"}
+    settings |= {"Seed": seed, "Size": f"{image.shape[2]}x{image.shape[1]}", "Model": model_name, **dict(notes)}
+    settings["Eta"] = options["eta"] or ""
+    settings["Guidance interval"] = "{:g} to {:g}".format(*interval) if scale != 1 and interval != (0, 1) else ""
+    settings["Guidance rescale"] = f"{rescale:g}" if scale != 1 and rescale else ""
+    line = ", ".join(f"{name}: {quoted(str(value))}" for name, value in settings.items() if value != "")
+    return f"{prompt}\n{negative}{line}".encode("utf-8", "replace").decode()  # no lone surrogates
 
 
 def quoted(value):

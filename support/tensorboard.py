@@ -22,9 +22,7 @@ class Board:
             from tensorboard.summary.writer import record_writer
             from torch.utils.tensorboard import summary
         except ImportError:
-            raise UserError(
-                "--tensorboard: TensorBoard is not installed; pip install tensorboard, or leave it out"
-            ) from None
+            raise UserError("--tensorboard: is not installed; pip install tensorboard, or leave it out") from None
         self.proto, self.record_writer, self.summary, self.folder = event_pb2, record_writer, summary, folder
 
     def start(self, step):

@@ -137,6 +137,18 @@ def test_the_picture_is_seen_on_the_way_beside_the_curves(page):
     page.made(1)
 
 
+def test_the_curves_stand_beside_the_form_and_below_it_on_a_narrow_screen(page, browser):
+    def place(selector):
+        return page.find(selector)[0].rect
+
+    until(lambda: page.find("#facts img"))
+    assert place("#facts")["x"] > place("#picture")["x"] + place("#picture")["width"]
+    browser.set_window_size(800, 1500)
+    until(lambda: place("#facts")["y"] > place("#gallery")["y"])
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    browser.set_window_size(1400, 1500)
+
+
 def test_a_mistake_is_one_line_on_the_page(page):
     for field, text, line, right in (
         ("prompt", " ", "prompt: is empty; type what the picture is to show", "a red bus"),
@@ -146,6 +158,7 @@ def test_a_mistake_is_one_line_on_the_page(page):
         ("pictures", "17", "pictures: 17 is out of range; give a whole number from 1 to 16", "1"),
         ("seed", "-1", "seed: -1 is out of range", "0"),
         ("guidance", "", "guidance_scale: None is of the wrong type; give a float", "1"),
+        ("from", "", "guidance_interval: (None, 1", "0"),
         ("negative_prompt", "a dog", "negative_prompt: acts by guidance alone", ""),
     ):
         page.generate(**{field: text})

@@ -114,6 +114,8 @@ WRONG = [
     ({"sample_prompts": ()}, "--sample_prompts: is empty"),
     ({"compile": "yes"}, "--compile: 'yes' is of the wrong type; give a bool"),
     ({"seed": None}, "--seed: None is of the wrong type"),
+    ({"guidance_interval": (None, 1.0)}, r"--guidance_interval: \(None, 1.0\) is of the wrong type; give a float"),
+    ({"sample_prompts": "a cat"}, "--sample_prompts: 'a cat' is of the wrong type"),
     ({"timesteps": 0}, "--timesteps"),
 ]
 

@@ -224,7 +224,7 @@ def test_public_readers_read_what_was_written(tmp_path, reader, prompt, name):
     options = {"num_steps": 4, "sampler": "ddpm", "guidance_scale": 3.0, "guidance_interval": (0, 1)}
     options |= {"negative_prompt": 'a dog, "x": y', "eta": 0, "guidance_rescale": 0}
     image = torch.zeros(3, 8, 16)
-    text = script.parameters(prompt, options, 5, image, f"unet_ckpt2, VAE: {script.quoted(name)}")
+    text = script.parameters(prompt, options, 5, image, "unet_ckpt2", {"VAE": name})
     found = reader(script.save_png(tmp_path, "x", "seed5", image, text))
     assert found[:2] == (" ".join(prompt.split()), options["negative_prompt"])
     shown = {"Steps": "4", "Sampler": "DDPM", "Seed": "5", "Size": "16x8", "Model": "unet_ckpt2"}
