@@ -65,7 +65,7 @@ def make_autocast(device, mixed_precision):
 
 def keep_compiled(cfg, device):
     """What torch.compile makes is kept in cfg.cache_dir, if that is there. Call it before there is an optimizer: making
-    one loads what reads the variable."""
+    one sets the variable (findings/optimizer_sets_inductor_folder.sh)."""
     wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
     kept = os.path.abspath(os.path.join(cfg.cache_dir, "compiled"))
     if wanted and os.access(cfg.cache_dir, os.W_OK) and " " not in kept:  # PyTorch's calls of a compiler fail there
