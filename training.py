@@ -141,16 +141,21 @@ class Muon(torch.optim.Adam):
         """Step all hidden matrices, those of one shape together as (n, rows, columns): fewer and larger kernels."""
         by_shape = {}
         for p, gradient in zip(self.hidden, gradients):
-            by_shape.setdefault(p.shape, []).append((p, self.state[p]["momentum"], gradient))
-        for group in by_shape.values():
+            matrices = [as_matrix(x) for x in (p, self.state[p]["momentum"], gradient)]
+            by_shape.setdefault(matrices[0].shape, []).append(matrices)
+        for shape, group in by_shape.items():
             parameters, momenta, gradients = map(list, zip(*group))
-            momentum, gradient = torch.stack(momenta), torch.stack(gradients)
-            gradient = torch.where(skipped, momentum, gradient)  # lerp() then leaves momentum as it is
-            momentum = gradient.lerp(momentum, self.MOMENTUM)
-            update = orthogonal(gradient.lerp(momentum, self.MOMENTUM).flatten(2))  # Nesterov momentum
-            update = update * (lr * self.SCALE * max(update.shape[1:]) ** 0.5)
-            torch._foreach_copy_(momenta, list(momentum))
-            torch._foreach_sub_(parameters, list(update.view_as(gradient)))
+            # lerp() then leaves momentum as it is
+            gradients = [torch.where(skipped, *pair) for pair in zip(momenta, gradients)]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+            nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, self.MOMENTUM))
+            update = orthogonal(nesterov) * (lr * self.SCALE * max(shape) ** 0.5)
+            torch._foreach_sub_(parameters, list(update))
+
+
+def as_matrix(x):
+    """A weight (rows, ...) -> (rows, columns), a view: the columns are in the order in which they lie in memory."""
+    return (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)
 
 
 def orthogonal(x, steps=5):
@@ -159,10 +164,23 @@ def orthogonal(x, steps=5):
     x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     wide = x if x.shape[1] <= x.shape[2] else x.mT
-    for _ in range(steps):
+    wide = wide if x.is_cuda else newton_schulz_product(wide @ wide.mT, steps) @ wide
+    for _ in range(steps if x.is_cuda else 0):
         square = wide @ wide.mT
         wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
     return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
+
+
+def newton_schulz_product(square, steps):
+    """All that these steps multiply x by, from square = x x^T alone: fewer numbers where x is wide. In bfloat16 their
+    rounding errors would grow."""
+    product = None
+    for i in range(steps):
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = factor if product is None else factor @ product
+        square = factor @ square @ factor if i < steps - 1 else None
+    return product
 
 
 def clip_gradients(optimizer, max_grad_norm):

@@ -227,6 +227,27 @@ def test_orthogonal_makes_singular_values_near_one_and_keeps_directions():
     assert torch.allclose(training.orthogonal(x.mT), found.mT, atol=1e-5)
 
 
+def test_orthogonal_is_newton_and_schulz_iteration_in_double():
+    x = torch.randn(2, 9, 30)
+    exact = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        square = exact @ exact.mT
+        exact = 3.4445 * exact + (-4.7750 * square + 2.0315 * square @ square) @ exact
+    assert torch.allclose(training.orthogonal(x), exact.float(), atol=1e-4)
+
+
+def test_muon_steps_alike_in_either_memory_layout(tiny):
+    nets = [torch.nn.Conv2d(4, 6, 3)]
+    nets.append(copy.deepcopy(nets[0]).to(memory_format=torch.channels_last))
+    x = torch.randn(5, 4, 8, 8)
+    for net in nets:
+        optimizer = training.make_optimizer([net], replace(tiny, optimizer="muon", lr=1e-2))
+        net(x).square().sum().backward()
+        optimizer.step()
+    assert nets[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(nets[0].weight, nets[1].weight, atol=1e-5)
+
+
 def test_muon_steps_as_pytorchs_own_on_matrices_and_as_adam_on_the_rest(tiny):
     """torch.optim.Muon takes matrices alone, and iterates in bfloat16."""
     cfg = replace(tiny, optimizer="muon", lr=1e-2, weight_decay=0.0)
