@@ -287,6 +287,13 @@ SHARPER = {"adversarial_weight": 0.65, "matching_weight": 20.0}
 FINETUNING_PRESETS = {  # what differs besides for train_vae.py --finetune_decoder_of
     "best": SHARPER,
     "best64": {**SHARPER, "lr": 5e-4, "num_epochs": 4},
-    "demo": {**SHARPER, "max_images": 7000, "optimizer": "adam", "batch_size": 8, "lr": 5e-4, "lr_warmup_steps": 60}
-    | {"num_epochs": 3},
+    "demo": {
+        **SHARPER,
+        "max_images": 7000,
+        "batch_size": 8,
+        "num_epochs": 3,
+        "optimizer": "adam",
+        "lr": 5e-4,
+        "lr_warmup_steps": 60,
+    },
 }
