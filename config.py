@@ -265,11 +265,15 @@ PRESETS = {
         **FLOW_WINS,
         **SMALL_NETS,
         "dataset": "scenes",
-        "max_images": 7000,
+        "max_images": 3700,
         "held_out_images": 256,
+        "unet_block_out_channels": (48, 80),
         "text_length": 12,
         "num_epochs": 3,
-        "lr_warmup_steps": 60,
+        "batch_size": 16,
+        "optimizer": "muon",
+        "lr": 4e-3,
+        "lr_warmup_steps": 30,
         "guidance_scale": 2.0,
         "guidance_interval": (0.0, 0.7),  # in the first steps it makes the mean colours of scenes vary too much
     },
@@ -283,7 +287,7 @@ VAE_PRESETS = {  # what differs besides for train_vae.py
     "coco": COCO_VAE,
     "best": {"optimizer": "adam", "lr": 5e-4},
     "best64": {"batch_size": 8, "num_epochs": 3, "lr": 2.5e-3},
-    "demo": {"batch_size": 8, "num_epochs": 1, "lr": 2e-3},
+    "demo": {"max_images": 1920, "batch_size": 4, "num_epochs": 1, "lr": 2.5e-3},
     "coco64": COCO_VAE,
     # parts of a batch as large as at 128 pixels, and as much KL per pixel: the KL is a sum, the MSE a mean
     "coco256": COCO_VAE | {"grad_accumulation": 4, "beta": 2.5e-6},
@@ -293,5 +297,13 @@ SHARPER = {"adversarial_weight": 0.65, "matching_weight": 20.0}
 FINETUNING_PRESETS = {  # what differs besides for train_vae.py --finetune_decoder_of
     "best": SHARPER,
     "best64": {**SHARPER, "optimizer": "adam", "lr": 5e-4, "num_epochs": 4},
-    "demo": {**SHARPER, "lr": 5e-4, "num_epochs": 3},
+    "demo": {
+        **SHARPER,
+        "max_images": 7000,
+        "batch_size": 8,
+        "num_epochs": 3,
+        "optimizer": "adam",
+        "lr": 5e-4,
+        "lr_warmup_steps": 60,
+    },
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from support.cuda_graph import record_cuda_graph
+from muon import Muon
 from support.errors import UserError
 
 LOG_EVERY = 20  # steps per row of the training CSVs; the end of an epoch ends a row too
@@ -107,62 +107,6 @@ def make_optimizer(modules, cfg):
         hidden = [p for name, p in named if p.dim() > 1 and not outer & set(name.split("."))]
         return Muon([p for _, p in named], hidden, **options)
     return torch.optim.Adam([p for _, p in named], fused=True, **options)  # Kingma & Ba 2015, arXiv 1412.6980
-
-
-class Muon(torch.optim.Adam):
-    """Adam, but for hidden matrices Muon (Jordan et al. 2024), which sets all singular values of their momentum to 1.
-
-    A k x k convolution counts as a matrix (out_channels, in_channels * k * k). Muon's update is scaled to the size of
-    Adam's (Liu et al. 2025, arXiv 2502.16982): one learning rate serves both. Hidden matrices have no weight decay.
-    """
-
-    MOMENTUM, SCALE = 0.95, 0.2
-
-    def __init__(self, parameters, hidden, **options):
-        super().__init__(parameters, fused=True, **options)
-        self.hidden = hidden
-        self.update = record_cuda_graph(self.update_hidden, hidden[0].device)
-
-    def step(self):
-        gradients = [p.grad for p in self.hidden]
-        for p in self.hidden:
-            p.grad = None  # so that Adam skips it
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        super().step()
-        for p, gradient in zip(self.hidden, gradients):
-            p.grad = gradient
-        skipped = getattr(self, "found_inf", torch.zeros((), device=p.device))  # from FiniteGuard: 1 skips the step
-        lr = torch.full((), self.param_groups[0]["lr"], device=p.device)
-        self.update(lr * (1 - skipped), skipped > 0, *gradients)
-
-    @torch.no_grad()
-    def update_hidden(self, lr, skipped, *gradients):
-        """Step all hidden matrices, those of one shape together as (n, rows, columns): fewer and larger kernels."""
-        by_shape = {}
-        for p, gradient in zip(self.hidden, gradients):
-            by_shape.setdefault(p.shape, []).append((p, self.state[p]["momentum"], gradient))
-        for group in by_shape.values():
-            parameters, momenta, gradients = map(list, zip(*group))
-            momentum, gradient = torch.stack(momenta), torch.stack(gradients)
-            gradient = torch.where(skipped, momentum, gradient)  # lerp() then leaves momentum as it is
-            momentum = gradient.lerp(momentum, self.MOMENTUM)
-            update = orthogonal(gradient.lerp(momentum, self.MOMENTUM).flatten(2))  # Nesterov momentum
-            update = update * (lr * self.SCALE * max(update.shape[1:]) ** 0.5)
-            torch._foreach_copy_(momenta, list(momentum))
-            torch._foreach_sub_(parameters, list(update.view_as(gradient)))
-
-
-def orthogonal(x, steps=5):
-    """Matrices (n, rows, columns) -> the same with all singular values near 1: Newton-Schulz iteration of a polynomial
-    of degree 5 (Jordan et al. 2024). In bfloat16 on a GPU; on a CPU that would be slower."""
-    x = x.bfloat16() if x.is_cuda else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    for _ in range(steps):
-        square = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
-    return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
 
 
 def clip_gradients(optimizer, max_grad_norm):

@@ -562,13 +562,15 @@ def bench_start(device, rounds):
 def bench_demo(device, rounds, against):
     """The demo's three commands by this checkout and by the one in `against`, a quarter of a second of each in turn."""
     checkouts, totals, rows = {"ours": HERE.parent, "against": Path(against).resolve()}, {}, {}
+    # earlier checkouts imitate bfloat16, slowly, on a processor that is told to be one without
+    precision = ["--mixed_precision", "auto" if devices.computes_in_bf16(device) else "no"]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for script in ("train_vae.py", "train_unet.py", "sample.py"):
             words = ["--prompt", "a red house"] if script == "sample.py" else ["--preset", "demo"]
             commands = {}
             for side, root in checkouts.items():
                 caches = [] if script == "sample.py" else ["--cache_dir", f"prepared_{side}"]
-                commands[side] = [sys.executable, str(root / script), "--run_dir", side, *caches, *words]
+                commands[side] = [sys.executable, str(root / script), "--run_dir", side, *caches, *precision, *words]
             seconds = in_slices(commands, folder)
             for side in checkouts:
                 rows[f"{script}, {side}"] = {"seconds": seconds[side]}

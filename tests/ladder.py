@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from support import judges  # noqa: E402
 
-# the demo as it was when the ladder was climbed: it has more scenes now, another U-Net, other learning rates and guidance
+# the demo as it was when the ladder was climbed: it has other numbers of scenes now, another U-Net, other learning rates,
+# another optimizer and other guidance
 COMMON = [
     "--preset",
     "demo",
@@ -40,6 +41,8 @@ COMMON = [
     "128",
     "--time_dim",
     "128",
+    "--optimizer",
+    "adam",
     "--lr",
     "1e-3",
     "--lr_warmup_steps",

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 METHOD = ("vae", "unet", "text_encoder", "diffusion", "samplers", "training")  # knows no files and no processes
-ASIDES = ("adversarial", "similarity", "word_vectors")  # of the method, for a second reading
+ASIDES = ("adversarial", "similarity", "word_vectors", "muon")  # of the method, for a second reading
 TRAINERS = ("train_vae", "train_unet")
 SCRIPTS = (*TRAINERS, "sample", "evaluate", "get_data", "app")
 SOURCES = {  # module: its text
@@ -45,7 +45,7 @@ def test_nobody_imports_a_script():
 
 @pytest.mark.parametrize("module", (*METHOD, *ASIDES))
 def test_the_method_knows_no_files_and_no_processes(module):
-    allowed = {"support.errors"} | ({"support.cuda_graph"} if module in ("diffusion", "training") else set())
+    allowed = {"support.errors"} | ({"support.cuda_graph"} if module in ("diffusion", "muon") else set())
     assert {name for name in imports(module) if name.startswith("support")} <= allowed
     assert imports(module) - allowed <= {*METHOD, *ASIDES, "config"}
 
@@ -106,7 +106,7 @@ def test_the_method_is_read_in_an_hour():
 
 def test_the_house_does_not_grow_unnoticed():
     """5,000 lines are the aim. Who adds lines raises this number on purpose, and who cuts lowers it."""
-    assert sum(map(lines, SOURCES.values())) <= 8_030
+    assert sum(map(lines, SOURCES.values())) <= 8_060
 
 
 def test_the_formatter_has_its_way():
