@@ -224,6 +224,7 @@ def kind_of(f):
 
 FLOW_WINS = {  # what won on the ladders of docs/notebook.md
     "prediction_type": "flow",
+    "flow_time_mean": 0.5,
     "sample_steps": 50,
     "caption_dropout": 0.05,
     "adam_beta2": 0.99,
@@ -232,7 +233,6 @@ FLOW_WINS = {  # what won on the ladders of docs/notebook.md
 }
 PHOTOGRAPHS = {  # a caption says little about a photograph, and most of it at the noisy end
     **FLOW_WINS,
-    "flow_time_mean": 0.5,
     "guidance_scale": 1.8,
     "guidance_interval": (0.3, 1.0),
     "guidance_rescale": 0.4,
@@ -265,7 +265,7 @@ PRESETS = {
         **FLOW_WINS,
         **SMALL_NETS,
         "dataset": "scenes",
-        "max_images": 3700,
+        "max_images": 3500,
         "held_out_images": 256,
         "unet_block_out_channels": (48, 80),
         "text_length": 12,
