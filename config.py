@@ -265,7 +265,7 @@ PRESETS = {
         **FLOW_WINS,
         **SMALL_NETS,
         "dataset": "scenes",
-        "max_images": 3500,
+        "max_images": 3700,
         "held_out_images": 256,
         "unet_block_out_channels": (48, 80),
         "text_length": 12,

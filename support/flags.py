@@ -84,7 +84,10 @@ def preset_config(preset, stage, given=()):
     """A preset as a trainer sees it, with the settings that the user has given."""
     given, vae = dict(given), VAE_PRESETS[preset] if stage == "vae" else {}
     sharper = FINETUNING_PRESETS.get(preset, {}) if stage == "vae" and given.get("finetune_decoder_of") else {}
-    return SDConfig(**(PRESETS[preset] | vae | sharper | given))
+    settings = PRESETS[preset] | vae | sharper | given
+    if settings.get("prediction_type") != "flow" and "flow_time_mean" not in given:
+        settings.pop("flow_time_mean", None)  # the preset's, which flow alone reads
+    return SDConfig(**settings)
 
 
 def add_config_flags(parser, names, shown=None):

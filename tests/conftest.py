@@ -52,6 +52,7 @@ TINY = {
     "lr": 1e-3,
     "cache_dir": "",
     "prediction_type": "epsilon",
+    "flow_time_mean": 0.0,
     "caption_dropout": 0.0,
     "sample_steps": 0,
     "guidance_scale": 1.0,

@@ -82,6 +82,16 @@ def test_coco_is_chosen_where_its_captions_are(tmp_path, monkeypatch):
     assert parse_training_args("", "unet", [])[1].preset == "coco"
 
 
+@pytest.mark.parametrize("preset", ["best64", "demo"])
+def test_another_target_leaves_out_what_flow_alone_reads(preset, capsys):
+    """As in README's recipe on the demo; but not what the user asks for by name."""
+    words = ["--preset", preset, "--prediction_type", "epsilon"]
+    assert parse_training_args("", "unet", words)[0].flow_time_mean == 0
+    assert parse_training_args("", "unet", words[:2])[0].flow_time_mean == 0.5
+    with pytest.raises(SystemExit):
+        parse_training_args("", "unet", [*words, "--flow_time_mean", "0.5"])
+
+
 @pytest.mark.parametrize(
     "argv, compile, num_workers",
     [([], None, None), (["--compile", "--num_workers", "0"], True, 0), (["--no-compile"], False, None)],
