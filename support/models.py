@@ -157,11 +157,11 @@ def load_words(run_dir, key, dim):
     """The learned word vectors that a manifest's `text` tells of, None if it has none; Damaged if they are others."""
     if not re.fullmatch("[0-9a-f]{64}", str((key or {}).get("words"))):
         return None
-    from safetensors.torch import load
+    import safetensors.torch
 
     path = words_path(run_dir, key)
     try:
-        words = load(read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20)))
+        words = safetensors.torch.load(read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20)))
         if digest_of(words) == key["words"] and words["vectors"].shape == (len(words["ids"]), dim):
             return words
     except Damaged:

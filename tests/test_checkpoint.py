@@ -709,7 +709,7 @@ def test_a_run_directory_that_vanishes_is_an_error(tmp_path, fork):
 
 def test_a_disk_that_fills_up_later_leaves_the_last_set(tmp_path, fork):
     """No file may grow beyond a size that the first sets keep and Adam's state after one step does not."""
-    words = ("train_vae.py", *TRAIN, *flags(TINY | {"save_minutes": 0}))
+    words = ("train_vae.py", *TRAIN, *flags(TINY | {"save_minutes": 0, "optimizer": "adam"}))
     full = fork(*words, cwd=tmp_path, inject={"limit_file_size": 400_000}).wait()
     assert_one_line_error(full, 1, "vae_state1_step1.pth", "make room", "the same command again")
     assert (tmp_path / "run/vae_set1_step0.json").exists() and not list((tmp_path / "run").glob("*.tmp"))
