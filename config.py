@@ -72,8 +72,8 @@ class SDConfig:
     # text
     text_encoder: str = setting(
         "clip",
-        "clip (downloaded), words (built in, learns from the captions which are alike), hash (which are the same), or a "
-        "directory with a CLIP text model",
+        "clip (downloaded), hash (built in: tells words apart), words (built in: learns from the captions which are "
+        "alike, too), or a directory with a CLIP text model",
     )
     text_dim: int = setting(512, "width of a token's embedding", 1)
     text_length: int = setting(77, "tokens per caption, longer ones are cut; CLIP takes 77 and no other", 1)
@@ -254,7 +254,7 @@ SMALL_NETS = {  # for two CPU cores
 PRESETS = {
     "coco": {},  # the recipe
     "best": {**PHOTOGRAPHS, "lr": 1e-3, "ema_decay": 0.999},
-    "best64": {  # 35 minutes for 6,400 pictures
+    "best64": {  # an hour of one core for 6,400 pictures
         **PHOTOGRAPHS,
         **SMALL_NETS,
         "text_encoder": "words",

@@ -157,11 +157,11 @@ def load_words(run_dir, key, dim):
     """The learned word vectors that a manifest's `text` tells of, None if it has none; Damaged if they are others."""
     if not re.fullmatch("[0-9a-f]{64}", str((key or {}).get("words"))):
         return None
-    import safetensors.torch
+    from safetensors.torch import load as load_safetensors  # of a format that holds numbers alone
 
     path = words_path(run_dir, key)
     try:
-        words = safetensors.torch.load(read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20)))
+        words = load_safetensors(read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20)))
         if digest_of(words) == key["words"] and words["vectors"].shape == (len(words["ids"]), dim):
             return words
     except Damaged:
