@@ -179,11 +179,8 @@ def rules(c):
     whole = not (c.compile and c.adversarial_weight)
     yield "compile", whole, "does not go with --adversarial_weight; leave one out"
     seen = c.image_size >= 16 or not c.adversarial_weight
-    yield (
-        "adversarial_weight",
-        seen,
-        f"its discriminator sees 16 pixels at least, the pictures have {c.image_size}; give larger ones",
-    )
+    what = f"its discriminator sees 16 pixels at least, the pictures have {c.image_size}; give larger ones"
+    yield "adversarial_weight", seen, what
     fits = c.image_size >= 11 or not c.ms_ssim_weight
     yield "ms_ssim_weight", fits, f"its window is 11 pixels wide, the pictures {c.image_size}; give 0"
 

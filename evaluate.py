@@ -326,9 +326,8 @@ def compare_decoders(judge, decoders, z, held_out, real, run):
             for kind, pair in pairs.items()
         }
         if isinstance(judge, judges.WordJudge):
-            both = (
-                torch.cat([judges.patch_features(judge, x) for x in batches(p, run.device)]) for p in (shown, held_out)
-            )
+            patches = partial(judges.patch_features, judge)
+            both = (torch.cat([*map(patches, batches(pixels, run.device))]) for pixels in (shown, held_out))
             figures[name]["patches"] = torch.sub(*both).square().sum(dim=1).mean().item()
     return figures
 

@@ -330,7 +330,9 @@ PLACES = {
 def main():
     """python scenes.py --words, or python scenes.py contact_sheet.png"""
     words = sys.argv[1:]
-    if words == ["--words"]:
+    if words in (["-h"], ["--help"]):
+        print(main.__doc__)
+    elif words == ["--words"]:
         print(*map(", ".join, (SUBJECTS, COLOURS, PLACES)), sep="\n")
     elif len(words) == 1 and words[0].endswith(".png"):
         sheet = Image.new("RGB", (8 * 96, 4 * 96))

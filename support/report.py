@@ -36,7 +36,8 @@ def write_report(run_dir, rank=0):
     """Write report.html anew; UserError if the disk does not take it. Of several processes only that of rank 0 writes."""
     if rank:
         return
-    body = epochs(run_dir, "unet_samples_epoch", "Samples") + epochs(run_dir, "vae_pictures_epoch", "Reconstructions")
+    body = epochs(run_dir, "unet_samples_epoch", "Samples of the prompts in the U-Net's settings")
+    body += epochs(run_dir, "vae_pictures_epoch", "Held-out pictures, and below them what the VAE makes of them")
     page = PAGE.substitute(title=escape(run_dir), body=body + facts(run_dir))
     write_file(os.path.join(run_dir, "report.html"), page.encode())
 

@@ -48,7 +48,7 @@ def resign(path, **change):
 def test_it_is_sampled(old, run_here):
     before = files(old)
     result = run_here(*SAMPLE, cwd=old)
-    assert result.returncode == 0 and "wrote 1 pictures" in result.stdout, result.stderr
+    assert result.returncode == 0 and "wrote 1 picture" in result.stdout, result.stderr
     assert files(old).items() > before.items() and len(list(old.glob("run/samples/x_*.png"))) == 2
 
 

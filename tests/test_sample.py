@@ -76,7 +76,7 @@ def test_one_picture_needs_none_of_the_heavy_libraries(tiny_run, tmp_path):
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert result.returncode == 0 and {"torch", "PIL.PngImagePlugin"} <= imported
     assert [name for name in HEAVY if name in imported] == []
-    assert (tmp_path / "x_seed0.png").exists() and "wrote 1 pictures of 'x'" in result.stdout
+    assert (tmp_path / "x_seed0.png").exists() and "wrote 1 picture of 'x'" in result.stdout
 
 
 def test_many_pictures_are_all_written_and_the_grid_shows_the_first(tiny_run, tmp_path, run_here):
@@ -267,7 +267,7 @@ def test_prompts_come_from_a_file_too(tiny_run, tmp_path, run_here):
     result = run_here(*words, "--prompts_file", tmp_path / "prompts.txt", "--prompt", "a blue bus", cwd=tiny_run)
     assert result.returncode == 0, result.stderr
     for prompt in ("a blue bus", "a red car", "caf\u00e9 #1", "--seed"):
-        assert f"wrote 1 pictures of {prompt!r}" in result.stdout
+        assert f"wrote 1 picture of {prompt!r}" in result.stdout
     assert result.stdout.count("wrote 1") == 4
 
 
