@@ -110,9 +110,8 @@ def make_pictures(prompts, args, nets, options, autocast, about, out, progress):
         strip = show.make_grid(torch.stack(frames, dim=1).flatten(0, 1), len(frames))  # a row for each picture
         paths.append(save_png(out, prompts[0], "steps", strip, texts[0]))
         paths.append(save(out, prompts[0], "steps", "webp", show.webp_bytes(map(show.square, frames))))
-    progress.say(
-        f"wrote {args.num_images} picture{'s' * (args.num_images > 1)} of {' to '.join(map(repr, prompts))}, and {', '.join(paths)}"
-    )
+    what = f"{args.num_images} picture{'s' * (args.num_images > 1)}"
+    progress.say(f"wrote {what} of {' to '.join(map(repr, prompts))}, and {', '.join(paths)}")
 
 
 def decoded_steps(vae, emerging):

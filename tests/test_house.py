@@ -106,7 +106,7 @@ def test_the_method_is_read_in_an_hour():
 
 def test_the_house_does_not_grow_unnoticed():
     """5,000 lines are the aim. Who adds lines raises this number on purpose, and who cuts lowers it."""
-    assert sum(map(lines, SOURCES.values())) <= 8_066
+    assert sum(map(lines, SOURCES.values())) <= 8_067
 
 
 def test_the_formatter_has_its_way():
