@@ -232,6 +232,7 @@ def model_card(cfg, run_dir, name, sizes, encoder):
     if isinstance(encoder, ClipTextEncoder):
         which = f"{CLIP_NAME} at {CLIP_REVISION}" if cfg.text_encoder == "clip" else "a CLIP text model"
         text = f"its text encoder is {which}, frozen"
+    begun = f"random\nweights{', the U-Net going on from those of another run' if cfg.init_from else ''}"
     weights = "the weights averaged over training" if name.startswith("ema_") else "the weights as trained"
     return f"""\
 ---
@@ -243,8 +244,7 @@ tags: [latent-diffusion, text-to-image]
 
 # Text to image, {cfg.image_size} x {cfg.image_size} pixels, trained from scratch
 
-A latent diffusion model: a VAE of {sizes[0]:.2f}M parameters and a U-Net of {sizes[1]:.2f}M, both trained from random
-weights; {text}. This is epoch {manifest["epoch"]} of {cfg.num_epochs}, {weights}.
+A latent diffusion model: a VAE of {sizes[0]:.2f}M parameters and a U-Net of {sizes[1]:.2f}M, both trained from {begun}; {text}. This is epoch {manifest["epoch"]} of {cfg.num_epochs}, {weights}.
 
 What it is not: a fine-tuned Stable Diffusion, or fit for more than study. There is no safety checker.
 

@@ -287,6 +287,17 @@ def test_the_licence_of_weights_of_ones_own_pictures_is_left_open(tmp_path):
         assert f"license: {licence}\n" in card and ("Licence of the weights: MIT" in card) == (licence == "mit")
 
 
+def test_a_card_tells_of_another_runs_weights(hash_run):
+    path = hash_run / "run/unet_set2.json"
+    for source in ("", "runs/a"):
+        manifest = json.loads(path.read_text())
+        path.write_text(sign(manifest | {"settings": manifest["settings"] | {"init_from": source}}))
+        export.export_run(str(hash_run / f"out{source[5:]}"), str(hash_run / "run"))
+        card = (hash_run / f"out{source[5:]}/README.md").read_text()
+        assert "both trained from random\nweights" in card and "runs/a" not in card
+        assert ("weights, the U-Net going on from those of another run; its" in card) == bool(source)
+
+
 def test_a_card_without_what_was_deleted(hash_run):
     for name in ("unet_held_out.csv", "vae_set2.json"):
         (hash_run / "run" / name).unlink()
