@@ -230,6 +230,22 @@ def run_snippet(folder, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
+def test_the_pages_code_opens_a_run_of_any_preset(tmp_path, monkeypatch):
+    """With learned word vectors, and all that guides."""
+    (tmp_path / "runs").mkdir()
+    guidance = {"guidance_scale": 3.0, "guidance_interval": (0.3, 1.0), "guidance_rescale": 0.9}
+    make_run(tmp_path / "runs/demo", text_encoder="words", prediction_type="flow", caption_dropout=0.1, **guidance)
+    code = re.search(r"## Opening a run.*?```python\n(.*?)```", (ROOT / "docs/diffusers.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("images = ", "torch.manual_seed(0)\nimages = "), found := {})
+    cfg, _, vae, unet, t_embedder = load_models("runs/demo", False, CPU)
+    encoder, process = load_text_encoder("runs/demo", cfg, None, CPU), configured_process(cfg)
+    torch.manual_seed(0)
+    networks = (unet, vae, t_embedder, encoder)
+    expected = sample(*networks, "a red sports car", cfg.timesteps, process=process, **guidance)
+    assert torch.equal(found["images"], expected)
+
+
 CLIP = {"text_dim": 32, "text_length": 77}
 RUNS = {
     "pipeline": {},
