@@ -127,10 +127,10 @@ def read_square(path, size, resize="crop", profiles=True):
     return picture.resize(*square) if resize == "squeeze" else ImageOps.fit(picture, *square)
 
 
-def read_picture(path, size, resize):
+def read_picture(path, size, resize, bars="white"):
     """A file as an upright RGB picture of size (width, height), made as read_square() makes squares, and its own size."""
     picture = read_rgb(path)
-    fit = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color="white"), "squeeze": Image.Image.resize}[resize]
+    fit = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=bars), "squeeze": Image.Image.resize}[resize]
     return fit(picture, size, Image.Resampling.BICUBIC), picture.size
 
 

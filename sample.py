@@ -139,9 +139,9 @@ def picture_edit(args, cfg, vae, device):
     """-> the `edit` of sample() that begins with --init_image and repaints what is white in --mask."""
     import data
 
-    def read(flag, path):
+    def read(flag, path, *bars):
         try:
-            return data.read_picture(path, args.size[::-1] if args.size else [cfg.image_size] * 2, cfg.resize)
+            return data.read_picture(path, args.size[::-1] if args.size else [cfg.image_size] * 2, cfg.resize, *bars)
         except Exception as e:  # decoders raise many kinds
             why = getattr(e, "strerror", None) or e
             raise errors.UserError(f"{flag} {path}: {why}; give a JPEG, PNG, WebP or AVIF that can be read") from None
@@ -151,7 +151,7 @@ def picture_edit(args, cfg, vae, device):
     (z0,), _ = vae.encode(x)  # the mean: the same each time
     repaint = torch.tensor(True)
     if args.mask is not None:
-        mask, (w, h) = read("--mask", args.mask)
+        mask, (w, h) = read("--mask", args.mask, "black")
         if abs(w * height - h * width) > 0.01 * width * h:
             what = f"{w} x {h} pixels are of another shape than the {width} x {height} of --init_image"
             raise errors.UserError(f"--mask {args.mask}: {what}; give a mask of the picture's size")

@@ -313,9 +313,13 @@ class Run:
         now, then = vars(self.cfg), vars(manifest["cfg"])
         if other := [f"{k} {then[k]} there, {now[k]} here" for k in SHAPES[self.kind].split() if then[k] != now[k]]:
             raise UserError(f"--init_from {self.cfg.init_from}: of another model ({'; '.join(other)}); give the same")
+        texts, others = {now["text_encoder"], then["text_encoder"]}, []
         if self.kind == "unet" and self.about["made_from"] != manifest.get("made_from"):
-            what = "has learned the latents of another VAE; copy its vae_* files for a better start"
-            warn(f"--init_from {self.cfg.init_from}: {what}")
+            others = ["the latents of another VAE; copy its vae_* files"]
+        if self.kind == "unet" and len(texts) > 1 and texts & {"hash", "words"}:  # not one CLIP under two names
+            others += [f"the embeddings of --text_encoder {then['text_encoder']}; give the same"]
+        for what in others:
+            warn(f"--init_from {self.cfg.init_from}: has learned {what} for a better start")
         # the average starts from the trained weights: its own may hold much of random ones
         names = [f"{prefix.removeprefix('ema_')}{tag}.pth" for prefix in PREFIXES[self.kind]]
         return [(os.path.join(self.cfg.init_from, name), manifest["files"][name]) for name in names]
@@ -549,8 +553,7 @@ class Run:
     def write_set(self, tag, state, finished):
         counters = vars(state) | {"window": state.window.cpu()}
         resuming = {"format": FORMAT, "counters": counters, "adam": adam_state(self.optimizer), "csv": self.read_csv()}
-        if self.helpers:
-            resuming["helpers"] = list(map(plain_weights, self.helpers))
+        resuming |= {"helpers": list(map(plain_weights, self.helpers))} if self.helpers else {}
         files = {}
         for prefix, content in zip(self.prefixes, [*map(plain_weights, self.modules), resuming]):
             buffer = io.BytesIO()
@@ -569,10 +572,9 @@ class Run:
 
     def write_config(self):
         """config.json: the settings of both trainers, for people; no script reads it."""
-        try:
+        records = {}
+        with contextlib.suppress(Damaged, ValueError, TypeError, RecursionError):
             records = dict(json.loads(read_file(self.path("config.json"), MAX_MANIFEST_BYTES)))
-        except (Damaged, ValueError, TypeError, RecursionError):
-            records = {}
         records[f"train_{self.kind}"] = self.about
         write_file(self.path("config.json"), json.dumps(records, indent=1).encode())
 
@@ -624,10 +626,8 @@ class Run:
 
     def names(self):
         """The files in the directory that a run of this kind writes; others belong to somebody else."""
-        tag, kind = r"\d+(_step\d+)?", self.kind
+        tag, kind, tmp = r"\d+(_step\d+)?", self.kind, r"(\.tmp)?"
         pattern = rf"(({'|'.join(self.prefixes)}){tag}\.pth|{kind}_set{tag}\.json)(\.damaged|\.tmp)?|config\.json\.tmp"
-        pattern += (
-            rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png)(\.tmp)?|report\.html(\.tmp)?"
-        )
-        pattern += r"|words_[0-9a-f]{8}\.safetensors(\.tmp)?" if kind == "unet" else ""
+        pattern += rf"|{kind}_((train|held_out)\.csv|(curves|(pictures|samples)_epoch\d+)\.png){tmp}|report\.html{tmp}"
+        pattern += rf"|words_[0-9a-f]{{8}}\.safetensors{tmp}" if kind == "unet" else ""
         return [name for name in os.listdir(self.dir) if re.fullmatch(pattern, name)]

@@ -62,7 +62,7 @@ def export_run(folder, run_dir, ema=False, source=None, epoch=None):
         if pipeline:
             write_json(f"{new}/model_index.json", MODEL_INDEX)
         sizes = [sum(v.numel() for v in weights.values()) / 1e6 for weights in (vae.state_dict(), unet_weights)]
-        files.write_file(f"{new}/README.md", model_card(cfg, run_dir, name, sizes, with_clip).encode())
+        files.write_file(f"{new}/README.md", model_card(cfg, run_dir, name, sizes, encoder).encode())
     return "StableDiffusionPipeline" if pipeline else "AutoencoderKL and UNet2DConditionModel"
 
 
@@ -217,7 +217,7 @@ TERMS = {
 }
 
 
-def model_card(cfg, run_dir, name, sizes, with_clip):
+def model_card(cfg, run_dir, name, sizes, encoder):
     """README.md. name: of the U-Net's file, without its ending; sizes: of VAE and U-Net in millions of parameters."""
     manifest = checkpoint.read_manifest(run_dir, "unet", name.split("unet_ckpt")[1])
     entries, machine = manifest["files"] | manifest["made_from"], manifest["machine"]
@@ -229,9 +229,10 @@ def model_card(cfg, run_dir, name, sizes, with_clip):
     text = "its text encoder, in text_encoder.py, makes a fixed random vector of each word and is not trained"
     if cfg.text_encoder == "words":
         text += ", but for words of the captions: half of theirs tells which others are said of the same pictures"
-    if with_clip:
+    if isinstance(encoder, ClipTextEncoder):
         which = f"{CLIP_NAME} at {CLIP_REVISION}" if cfg.text_encoder == "clip" else "a CLIP text model"
         text = f"its text encoder is {which}, frozen"
+    begun = f"random\nweights{', the U-Net going on from those of another run' if cfg.init_from else ''}"
     weights = "the weights averaged over training" if name.startswith("ema_") else "the weights as trained"
     return f"""\
 ---
@@ -243,13 +244,12 @@ tags: [latent-diffusion, text-to-image]
 
 # Text to image, {cfg.image_size} x {cfg.image_size} pixels, trained from scratch
 
-A latent diffusion model: a VAE of {sizes[0]:.2f}M parameters and a U-Net of {sizes[1]:.2f}M, both trained from random
-weights; {text}. This is epoch {manifest["epoch"]} of {cfg.num_epochs}, {weights}.
+A latent diffusion model: a VAE of {sizes[0]:.2f}M parameters and a U-Net of {sizes[1]:.2f}M, both trained from {begun}; {text}. This is epoch {manifest["epoch"]} of {cfg.num_epochs}, {weights}.
 
 What it is not: a fine-tuned Stable Diffusion, or fit for more than study. There is no safety checker.
 
 ```python
-{snippet(cfg, with_clip)}```
+{snippet(cfg, encoder)}```
 
 | training | |
 |---|---|
@@ -267,25 +267,24 @@ What it is not: a fine-tuned Stable Diffusion, or fit for more than study. There
 """
 
 
-def snippet(cfg, with_clip):
+def snippet(cfg, encoder):
     """Code that makes pictures when it is run in the exported folder."""
+    with_clip, uses = isinstance(encoder, ClipTextEncoder), "DPMSolverMultistepScheduler, StableDiffusionPipeline"
     values = {"prompt": errors.printable(cfg.sample_prompts[0]), "dim": cfg.text_dim, "length": cfg.text_length}
     values |= {"steps": cfg.timesteps, "few": min(20, (cfg.timesteps + 1) // 2)}
     lines = [] if with_clip else ["from text_encoder import WordHashTextEncoder  # the file in this folder"]
     learned = cfg.text_encoder == "words"
     lines += ["from safetensors.torch import load_file"] if learned else []
-    values["words"] = ', words=load_file("word_vectors.safetensors")' if learned else ""
+    version = ", version=1" if not with_clip and encoder.version == 1 else ""  # of older code, which had no vectors
+    values["words"] = ', words=load_file("word_vectors.safetensors")' if learned else version
     if cfg.prediction_type == "flow":
         uses = "AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel"
         lines = ["from PIL import Image", *(lines or ["from transformers import CLIPTextModel, CLIPTokenizer"])]
         body = (FLOW_WITH_CLIP if with_clip else FLOW_WITH_HASH) + FLOW
     elif with_clip:
-        uses, body = "DPMSolverMultistepScheduler, StableDiffusionPipeline", OPEN_PIPELINE + SAMPLE
+        body = OPEN_PIPELINE + SAMPLE
     else:
-        uses = (
-            "AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel"
-        )
-        body = OPEN_MODELS + SAMPLE
+        uses, body = f"AutoencoderKL, DDPMScheduler, {uses}, UNet2DConditionModel", OPEN_MODELS + SAMPLE
     return "\n".join(["import torch", f"from diffusers import {uses}", *lines]) + "\n\n" + body.format(**values)
 
 

@@ -110,10 +110,11 @@ def load_text_encoder(run_dir, cfg, source, device, epoch=None):
 
 
 def warn_of_unknown_words(prompt, cfg, encoder, warn):
-    """warn(line) if a prompt has words that the run's U-Net has not learned."""
-    words = dict.fromkeys(encoder.split(prompt)) if cfg.text_encoder == "words" else ()
+    """warn(line) if a prompt has words that the run's U-Net has not learned, where the vectors are of its own captions."""
+    words = dict.fromkeys(encoder.split(prompt)) if cfg.text_encoder == "words" and not cfg.init_from else ()
     if rare := ", ".join(word for word in words if hash_of(f"word {word}") not in encoder.learned)[:100]:
-        warn(f"{rare}: in the captions of fewer than {LEAST_PICTURES} training pictures; the U-Net hardly knows it")
+        few = f"fewer than {LEAST_PICTURES}" if len(encoder.learned) < MOST_WORDS else "few"
+        warn(f"{rare}: in the captions of {few} training pictures; the U-Net hardly knows it")
     scenes.warn_of_unknown_words(prompt, cfg, warn)
 
 
@@ -160,12 +161,11 @@ def load_words(run_dir, key, dim):
     from safetensors.torch import load as load_safetensors  # of a format that holds numbers alone
 
     path = words_path(run_dir, key)
+    data = read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20))
     try:
-        words = load_safetensors(read_file(path, MOST_WORDS * (8 + 2 * dim) + (1 << 20)))
+        words = load_safetensors(data)
         if digest_of(words) == key["words"] and words["vectors"].shape == (len(words["ids"]), dim):
             return words
-    except Damaged:
-        raise
     except Exception:  # of a file that is none of these, the library raises many kinds
         pass
     raise Damaged(f"{path}: not the word vectors that were saved; restore it")

@@ -246,6 +246,9 @@ def test_weights_of_another_shape_or_meaning_are_named(copy, run_here):
     words = ("train_unet.py", *words[1:], *flags(TINY), "--max_steps", 1)
     result = run_here(*words, cwd=copy)
     assert result.returncode == 0 and "run: has learned the latents of another VAE" in result.stderr, result.stderr
+    assert "has learned the embeddings" not in result.stderr
+    result = run_here(*words, "--overwrite", "--text_encoder", "words", cwd=copy)
+    assert "run: has learned the embeddings of --text_encoder hash; give the same" in result.stderr, result.stderr
     flow = run_here(*words, "--overwrite", "--prediction_type", "flow", cwd=copy)
     assert_one_line_error(flow, 1, "prediction_type epsilon there, flow here")
 

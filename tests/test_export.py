@@ -230,6 +230,22 @@ def run_snippet(folder, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
+def test_the_pages_code_opens_a_run_of_any_preset(tmp_path, monkeypatch):
+    """With learned word vectors, and all that guides."""
+    (tmp_path / "runs").mkdir()
+    guidance = {"guidance_scale": 3.0, "guidance_interval": (0.3, 1.0), "guidance_rescale": 0.9}
+    make_run(tmp_path / "runs/demo", text_encoder="words", prediction_type="flow", caption_dropout=0.1, **guidance)
+    code = re.search(r"## Opening a run.*?```python\n(.*?)```", (ROOT / "docs/diffusers.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("images = ", "torch.manual_seed(0)\nimages = "), found := {})
+    cfg, _, vae, unet, t_embedder = load_models("runs/demo", False, CPU)
+    encoder, process = load_text_encoder("runs/demo", cfg, None, CPU), configured_process(cfg)
+    torch.manual_seed(0)
+    networks = (unet, vae, t_embedder, encoder)
+    expected = sample(*networks, "a red sports car", cfg.timesteps, process=process, **guidance)
+    assert torch.equal(found["images"], expected)
+
+
 CLIP = {"text_dim": 32, "text_length": 77}
 RUNS = {
     "pipeline": {},
@@ -285,6 +301,17 @@ def test_the_licence_of_weights_of_ones_own_pictures_is_left_open(tmp_path):
         export.export_run(str(tmp_path / f"{dataset}-out"), str(tmp_path / dataset))
         card = (tmp_path / f"{dataset}-out/README.md").read_text()
         assert f"license: {licence}\n" in card and ("Licence of the weights: MIT" in card) == (licence == "mit")
+
+
+def test_a_card_tells_of_another_runs_weights(hash_run):
+    path = hash_run / "run/unet_set2.json"
+    for source in ("", "runs/a"):
+        manifest = json.loads(path.read_text())
+        path.write_text(sign(manifest | {"settings": manifest["settings"] | {"init_from": source}}))
+        export.export_run(str(hash_run / f"out{source[5:]}"), str(hash_run / "run"))
+        card = (hash_run / f"out{source[5:]}/README.md").read_text()
+        assert "both trained from random\nweights" in card and "runs/a" not in card
+        assert ("weights, the U-Net going on from those of another run; its" in card) == bool(source)
 
 
 def test_a_card_without_what_was_deleted(hash_run):

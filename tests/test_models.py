@@ -26,11 +26,13 @@ from conftest import (
 
 from config import PRESETS, SDConfig
 from diffusion import baab, sample
+from support import models
 from support.errors import UserError
 from support.models import load_models, load_text_encoder, load_vae, newest_run
 from text_encoder import WordHashTextEncoder
 from unet import TimeEmbedding, UNetLatent
 from vae import AutoencoderKL
+from word_vectors import learn_word_vectors
 
 CPU = torch.device("cpu")
 
@@ -243,6 +245,21 @@ def test_word_vectors_belong_to_the_run(tiny_run, tmp_path, run_here):
     path.with_name("words_01234567.safetensors").write_bytes(kept)
     assert run_here(*words, "--run_dir", "run", "--overwrite", cwd=tmp_path).returncode == 0
     assert [p.name for p in (tmp_path / "run").glob("words_*")] == [path.name] and path.read_bytes() == kept
+
+
+def test_of_a_word_no_more_is_said_than_is_known(monkeypatch):
+    """Of many words the rarest have no vectors, though of five pictures; after --init_from those are of other captions."""
+    encoder = WordHashTextEncoder(8, 4, words=learn_word_vectors([["a dog"]] * 9, 8))
+
+    def said(**settings):
+        cfg, lines = SDConfig(**TINY | {"dataset": "folder", "text_encoder": "words"} | settings), []
+        models.warn_of_unknown_words("a zebra", cfg, encoder, lines.append)
+        return lines
+
+    assert said() == ["zebra: in the captions of fewer than 5 training pictures; the U-Net hardly knows it"]
+    assert said(init_from="runs/a") == []
+    monkeypatch.setattr(models, "MOST_WORDS", 2)
+    assert said() == ["zebra: in the captions of few training pictures; the U-Net hardly knows it"]
 
 
 def test_pictures_that_are_not_numbers_are_not_written(copy, run_here):

@@ -74,6 +74,7 @@ def test_it_is_measured(old, run_here, quick_judge):
 def test_it_is_exported(old, run_here):
     assert run_here("sample.py", "--run_dir", "run", "--export", "card", cwd=old).returncode == 0
     assert {"README.md", "unet", "vae"} <= {path.name for path in (old / "card").iterdir()}
+    assert "WordHashTextEncoder(16, 8, version=1)" in (old / "card/README.md").read_text()
 
 
 def test_it_is_resumed_to_its_end(old, run_here):

@@ -1,5 +1,6 @@
 """Promises of sample.py, from outside: its files, what they say of themselves, its answers to mistakes."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,6 +428,14 @@ def test_strength_and_mask_lead_from_the_reconstruction_to_plain_sampling(tiny_r
     width = left.shape[1]
     nearer = np.abs(left - plain).mean(axis=(0, 2)) < np.abs(left - found).mean(axis=(0, 2))
     assert nearer[: width // 4].mean() > 0.9 and nearer[-width // 4 :].mean() < 0.1
+
+
+def test_the_bars_of_a_padded_picture_are_not_repainted(tiny_run, car):
+    cfg, _, vae, *_ = script.models.load_models(str(tiny_run / "run"), False, torch.device("cpu"))
+    args = SimpleNamespace(init_image=car / "my, car.png", mask=car / "mask.png", size=None, strength=1.0)
+    edit = script.picture_edit(args, dataclasses.replace(cfg, resize="pad"), vae, torch.device("cpu"))
+    repaint = edit.keywords["repaint"]  # (8, 8), of 32 x 32 pixels; the picture has 32 x 21
+    assert not repaint[[0, -1]].any() and repaint[2:-2, :4].all() and not repaint[:, 4:].any()
 
 
 @pytest.mark.parametrize(
