@@ -115,6 +115,8 @@ def warn_of_unknown_words(prompt, cfg, encoder, warn):
     if rare := ", ".join(word for word in words if hash_of(f"word {word}") not in encoder.learned)[:100]:
         few = f"fewer than {LEAST_PICTURES}" if len(encoder.learned) < MOST_WORDS else "few"
         warn(f"{rare}: in the captions of {few} training pictures; the U-Net hardly knows it")
+    if prompt.strip() and not encoder.split(prompt):
+        warn(f"{prompt.strip()[:100]!r}: has no word in it; to the U-Net it is the empty caption")
     scenes.warn_of_unknown_words(prompt, cfg, warn)
 
 

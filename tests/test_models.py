@@ -262,6 +262,16 @@ def test_of_a_word_no_more_is_said_than_is_known(monkeypatch):
     assert said() == ["zebra: in the captions of few training pictures; the U-Net hardly knows it"]
 
 
+@pytest.mark.parametrize("prompt", ["?!", " \N{DOG FACE} "])
+def test_a_prompt_without_words_is_said_to_be_empty(prompt):
+    """The built-in text encoder knows words alone: such a prompt is the empty caption."""
+    encoder, lines = WordHashTextEncoder(8, 4), []
+    assert not encoder([prompt]).any()
+    for text in (prompt, "a dog!", ""):
+        models.warn_of_unknown_words(text, SDConfig(**TINY | {"dataset": "folder"}), encoder, lines.append)
+    assert lines == [f"{prompt.strip()!r}: has no word in it; to the U-Net it is the empty caption"]
+
+
 def test_pictures_that_are_not_numbers_are_not_written(copy, run_here):
     weights = torch.load(copy / "run/vae_ckpt_epoch2.pth", weights_only=True)
     forge(copy / "run", "unet", "2", "vae_ckpt_epoch2.pth", {k: torch.full_like(v, 3e38) for k, v in weights.items()})
