@@ -43,8 +43,8 @@ RUNS = {
 EVALUATIONS = {  # what is measured: (run, flags of evaluate.py)
     "best": ("best", ""),
     "best, guidance 1": ("best", "--guidance_scale 1"),
-    "best, guidance 1.6": ("best", "--guidance_scale 1.6 --guidance_rescale 0.3"),
-    "best, guidance 3": ("best", "--guidance_scale 3 --guidance_rescale 0.7"),
+    "best, guidance 2": ("best", "--guidance_scale 2"),
+    "best, guidance 3.2": ("best", "--guidance_scale 3.2"),
     "recipe": ("recipe", ""),
     "lr 2e-3": ("lr 2e-3", ""),
     "lr 2e-3, guidance 1": ("lr 2e-3", "--guidance_scale 1"),
