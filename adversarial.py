@@ -14,11 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHANNELS = (
-    32,
-    64,
-    128,
-)  # of the levels; each halves the picture. A patch of the first is 4 pixels wide, then 10, then 22
+# of the levels; each halves the picture. A patch of the first is 4 pixels wide, then 10, then 22
+CHANNELS = (32, 64, 128)
 BETAS = (0.5, 0.9)  # of its Adam: short memories, because the reconstructions change
 LR_FACTOR = 4.0  # it learns faster than the decoder (Heusel et al. 2017, arXiv 1706.08500, section 2)
 LARGEST_WEIGHT = 1e4  # of the adaptive weights, as in VQGAN
