@@ -101,7 +101,7 @@ def test_the_last_line_asks_for_a_caption_of_theirs_and_can_be_pasted(tmp_path, 
         prompt = caption.replace("\x1b", "?")
         assert (python, script) == ("python", "sample.py") and argv[-1] in (prompt, f"--prompt={prompt}")
         made = run_here(script, *argv, "--num_images", 1, "--steps", 1, cwd=tmp_path)
-        assert made.returncode == 0 and f"pictures of {prompt!r}" in made.stdout, made.stderr
+        assert made.returncode == 0 and f"picture of {prompt!r}" in made.stdout, made.stderr
 
 
 # ---- Resuming ----
