@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What: torch 2.14.1, torch.compile of blocks one by one ("regional compilation"), one class with other sizes.
-# Guess, written down before running: what torch.compile() returns belongs to its own module. So each of 12 blocks, which is
+# Guess: what torch.compile() returns belongs to its own module. So each of 12 blocks, which is
 #       only ever called at one size, is compiled once, and the limit of 8 recompilations (config.recompile_limit) does not
 #       touch them: it is for one thing that is called in ever new ways.
 # Seen: 8 of the 12 are compiled. All blocks of a class share one forward(), whose compiled forms are counted together; the

@@ -146,6 +146,8 @@ def test_the_words_can_be_listed_and_a_contact_sheet_painted(tmp_path, monkeypat
     assert capsys.readouterr().out.splitlines() == [", ".join(table) for table in (SUBJECTS, COLOURS, PLACES)]
     run_scenes(monkeypatch, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (768, 384)
+    run_scenes(monkeypatch, "--help")
+    assert "scenes.py --words" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, code", [((), 2), (("x.jpg",), 2), (("--words", "x.png"), 2), (("no/x.png",), 1)])
