@@ -72,7 +72,7 @@ class Folder:
         self.root, self.whole_captions = cfg.data_root, cfg.whole_captions
         self.captions, self.pictures, self.wrong, self.odd = {}, [], defaultdict(list), defaultdict(list)
         if not isdir(self.root):
-            raise UserError(f"--data_root {self.root}: not there; {LAYOUTS}")
+            raise UserError(f"--data_root {self.root}: no such folder; {LAYOUTS}")
         listings = [join(self.root, name) for name in LISTINGS if exists(join(self.root, name))]
         within = next((name for name in BASES if isdir(join(self.root, name)) and not listings), "")
         base = join(self.root, within) if within else self.root
@@ -210,8 +210,8 @@ def rows(listing, text):
         reader = csv.reader(io.StringIO(text, ""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             columns = [name.strip().lower() for name in next(reader, ())]
-            for row in filter(None, reader):  # values stay text: None, NA and 007 are captions
-                yield reader.line_num, dict(zip(columns, row)) if len(row) == len(columns) else None
+            for row in filter(None, reader):  # None, NA, 007 stay text; of two columns the first
+                yield reader.line_num, dict(zip(columns[::-1], row[::-1])) if len(row) == len(columns) else None
         except csv.Error:
             yield reader.line_num, None
         return

@@ -418,7 +418,7 @@ def test_photographs_are_measured_where_they_are_and_warned_of_if_they_are_other
     assert figures["denoising"]["target"] == "flow" and len(list(finite_numbers(figures))) > 50
     os.replace(tmp_path / "mine", tmp_path / "moved")
     gone = run_here("evaluate.py", "--run_dir", "run", *command, cwd=tmp_path)
-    assert_one_line_error(gone, 1, "--data_root mine: not there")
+    assert_one_line_error(gone, 1, "--data_root mine: no such folder")
     again, result = measure(tmp_path, run_here, *command, "--data_root", "moved")
     assert again == figures and "warning" not in result.stderr
     (tmp_path / "moved/images/3.txt").write_text("another")

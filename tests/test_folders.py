@@ -279,7 +279,8 @@ def test_listings_of_imagefolder_are_read_with_captions_as_written(tmp_path, nam
 
 
 @pytest.mark.parametrize("text", ["file_name;text\n0.jpg;a, b\n1.jpg;c\n", "\ufefffile_name,text\r\n0.jpg,\"a, b\"\r\n1.jpg,c\r\n", "file_name\ttext\n0.jpg\ta, b\n1.jpg\tc",
-                                  'id,file_name,caption\n1,0.jpg,"a, b"\n2,1.jpg,c\n', "File_Name, Text\n0.jpg, \"a,\n b\"\n1.jpg, c"])  # fmt: skip
+                                  'id,file_name,caption\n1,0.jpg,"a, b"\n2,1.jpg,c\n', "File_Name, Text\n0.jpg, \"a,\n b\"\n1.jpg, c",
+                                  'file_name,text,text\n0.jpg,"a, b",x\n1.jpg,c,y\n'])  # fmt: skip
 def test_tables_of_several_programs_are_read(tmp_path, text):
     (tmp_path / "metadata.csv").write_text(text, newline="")
     assert found(tmp_path) == {"0.jpg": ["a, b"], "1.jpg": ["c"]}
@@ -350,7 +351,7 @@ def test_two_listings_in_one_folder_are_not_guessed_between(tmp_path, run_here):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, run_here):
-    assert_one_line_error(run_here(*TRAIN, cwd=tmp_path), 1, "--data_root mine: not there")
+    assert_one_line_error(run_here(*TRAIN, cwd=tmp_path), 1, "--data_root mine: no such folder")
 
 
 # ---- Bad pictures and the split ----
