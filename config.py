@@ -102,7 +102,7 @@ class SDConfig:
     lr_schedule: str = setting("cosine", "cosine (annealed to 0) or constant", choices=("cosine", "constant"))
     lr_warmup_steps: int = setting(0, "steps over which the learning rate first rises from 0", 0)
     adam_beta2: float = setting(0.999, "decay of Adam's mean of squared gradients", 0, 0.999999)
-    weight_decay: float = setting(1e-4, "weight decay (L2) of Adam", 0)
+    weight_decay: float = setting(1e-4, "weight decay (L2) of what Adam trains; Muon's matrices have none", 0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 = they are not", 0)
     ema_decay: float = setting(0.9999, "decay per step of the averaged U-Net weights", 0, 1)
     ema_warmup: bool = setting(False, "start the average with a short memory: decay at most (1 + step) / (10 + step)")
@@ -273,7 +273,7 @@ PRESETS = {
         "guidance_scale": 2.0,
         "guidance_interval": (0.0, 0.7),  # in the first steps it makes the mean colours of scenes vary too much
     },
-    # other sizes keep the U-Net; 48 pixel values to each latent number, as at 128
+    # other sizes keep the U-Net; 256 and 512 have 48 pixel values to each latent number, as 128 has
     "coco64": {"image_size": 64, "block_out_channels": (64, 128, 256)},
     "coco256": {"image_size": 256},
     "coco512": {"image_size": 512, "block_out_channels": (64, 128, 256, 256, 256), "latent_channels": 16},

@@ -75,7 +75,7 @@ def configured_process(cfg):
     return make_process(cfg.prediction_type, cfg.timesteps, **schedule)
 
 
-def levels(process, t):
+def amplitudes(process, t):
     """Times t: (N,) on the CPU -> a, b: (N,) double, the amplitudes of signal and noise in z_t."""
     if process.prediction_type == "flow":
         s = t.double() / process.timesteps
@@ -96,7 +96,7 @@ def draw_times(count, cfg):
 
 def add_noise(process, x0, t, noise):
     """The U-Net's input and its target: x0, noise (B, ...), t (B,) on the CPU -> z_t, target: (B, ...) each."""
-    a, b = (c.to(x0, non_blocking=x0.is_cuda).view(-1, *[1] * (x0.dim() - 1)) for c in levels(process, t))
+    a, b = (c.to(x0, non_blocking=x0.is_cuda).view(-1, *[1] * (x0.dim() - 1)) for c in amplitudes(process, t))
     target = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - b * x0, "flow": lambda: noise - x0}
     return a * x0 + b * noise, target[process.prediction_type]()
 
@@ -145,7 +145,7 @@ def held_out_losses(unet, t_embedder, text_encoder, z, captions, process, batch_
 
 
 def sampling_grid(process, num_steps):
-    """-> t (n,): n evenly spaced times, noisiest first; a, b (n + 1,): those of levels(), then the clean latent's 1, 0.
+    """-> t (n,): n evenly spaced times, noisiest first; a, b (n + 1,): those of amplitudes(), then the clean latent's 1, 0.
 
     t[0] is the noisiest time of training, as sampling starts from pure noise ("trailing", Lin et al., section 3.3).
     """
@@ -154,7 +154,7 @@ def sampling_grid(process, num_steps):
         raise ValueError(f"num_steps must be 1 {'or more' if flow else f'to {T}'}, not {num_steps}")
     t = torch.arange(num_steps, 0, -1, dtype=torch.float64) * T / num_steps
     t = t if flow else t.round().long() - 1
-    a, b = levels(process, t)
+    a, b = amplitudes(process, t)
     return t, F.pad(a, (0, 1), value=1.0), F.pad(b, (0, 1), value=0.0)
 
 
@@ -169,8 +169,9 @@ def sample(unet, vae, t_embedder, text_encoder, prompt, num_steps=200, num_sampl
     sampler: one of SAMPLERS_FOR[prediction_type]; by default the first. eta: of ddim alone, in [0, 1].
     guidance_scale w: the prediction becomes uncond + w (cond - uncond); 1 is no guidance. Any other needs a U-Net that
     was trained with caption_dropout. negative_prompt: the caption of uncond, by default the empty one.
-    guidance_interval: the part of the schedule to guide in, from 0 (clean) to 1 (noise). guidance_rescale: guidance
-    raises the standard deviation of x0, which makes pictures too colourful; 0 leaves it, 1 takes all of the rise back.
+    guidance_interval: the part of the schedule to guide in, from 0 (clean) to 1 (noise): steps that begin above its
+    lower end, and up to its upper. guidance_rescale: guidance raises the standard deviation of x0, which makes pictures
+    too colourful; 0 leaves it, 1 takes all of the rise back.
     size: (height, width) in pixels; by default as in training.
     seeds: one integer per sample; apart from rounding, its picture then depends on neither the batch nor the device.
     Without seeds PyTorch's global generator draws.
@@ -215,8 +216,8 @@ def guided_denoiser(unet, t_embedder, text_encoder, prompts, process, t,
         uncond = cond if scale == 1 else text_encoder([negative_prompt]).expand_as(cond)
     if autocast:  # cast once here, not in every layer at every step
         cond, uncond = (c.to(torch.get_autocast_dtype(device.type)) for c in (cond, uncond))
-    scales = [scale if low <= (n - i) / n <= high else 1.0 for i in range(n)]  # t[i] is at (n - i) / n of the schedule
-    a, b = (c.tolist() for c in levels(process, t))
+    scales = [scale if low < (n - i) / n <= high else 1.0 for i in range(n)]  # step i begins at (n - i) / n
+    a, b = (c.tolist() for c in amplitudes(process, t))
     predict = record_cuda_graph(unet, device) if n >= RECORD_FROM else unet
 
     def denoise(z, i):

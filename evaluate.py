@@ -34,7 +34,7 @@ import torch
 
 import data
 import metrics
-from diffusion import configured_process, decode, held_out_losses, levels, sample
+from diffusion import amplitudes, configured_process, decode, held_out_losses, sample
 from scenes import split_combinations
 from support import checkpoint, devices, errors, files, flags, judges, models, published, show
 from support.judges import ATTRIBUTES, paint_scenes, scenes_of
@@ -261,7 +261,7 @@ def loss_over_bounds(t, loss, latents, cfg):
 
     Means, and by bin of t, least noise first. wiener is None where latents are too large for their covariance.
     """
-    (a, b), size = levels(configured_process(cfg), t), latents[0][0].numel()
+    (a, b), size = amplitudes(configured_process(cfg), t), latents[0][0].numel()
     bins = (t * LOSS_BINS / cfg.timesteps).long()
     by_bin = metrics.mean_by_bin(loss, bins, LOSS_BINS)
     figures = {"target": cfg.prediction_type, "mean": loss.mean().item(), "by_timestep": by_bin}

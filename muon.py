@@ -13,7 +13,7 @@ from support.cuda_graph import record_cuda_graph
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but for hidden matrices Muon (Jordan et al. 2024), which sets all singular values of their momentum to 1.
+    """Adam, but for hidden matrices Muon (Jordan et al. 2024), which brings all singular values of their momentum near 1.
 
     A k x k convolution counts as a matrix (out_channels, in_channels * k * k). Muon's update is scaled to the size of
     Adam's (Liu et al. 2025, arXiv 2502.16982): one learning rate serves both. Hidden matrices have no weight decay.

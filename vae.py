@@ -1,7 +1,7 @@
 """The autoencoder: pictures (3, H, W) in [-1, 1] <-> latents (C, H/f, W/f). The recipe (preset coco): C = 4, f = 8.
 
-What it is not: no discriminator (adversarial.py), no perceptual loss, no latent scaling factor. The KL term alone keeps latents near
-N(0, I), and the U-Net learns on z = mu + sigma * eps unscaled.
+What it is not: no discriminator (adversarial.py), no perceptual loss by default, no latent scaling factor. The KL term alone
+keeps latents near N(0, I), and the U-Net learns on z = mu + sigma * eps unscaled.
 
 Papers:
   Kingma & Welling 2013, Auto-Encoding Variational Bayes (arXiv 1312.6114): Eq. 10 and appendix B
@@ -233,7 +233,8 @@ def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):
 
     mse: mean over pixels in [-1, 1]. kl: KL(q(z|x) || N(0, I)) [nats], summed over a latent (Kingma & Welling, appendix
     B), averaged over the batch. Up to a factor and a constant, mse + beta * kl is the negative ELBO (Eq. 10) with
-    p(x|z) = N(x_hat, s^2 I) and beta = 2 s^2 / N, where N = 3 H W. The recipe's beta means s = 0.5.
+    p(x|z) = N(x_hat, s^2 I) and beta = 2 s^2 / N, where N = 3 H W. The recipe's beta means s = 0.5 at
+    128 pixels.
     """
     mse = F.mse_loss(x_hat, x)
     kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()

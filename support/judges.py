@@ -52,7 +52,7 @@ class WordJudge(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block with BatchNorm (He et al. 2016, arXiv 1603.05027)."""
+    """Pre-activation residual block with BatchNorm (He et al. 2016, arXiv 1603.05027); its shortcut always projects."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()

@@ -13,6 +13,7 @@ import vae
 from config import SDConfig
 from diffusion import (
     add_noise,
+    amplitudes,
     baab,
     configured_process,
     decode,
@@ -20,7 +21,6 @@ from diffusion import (
     drop_captions,
     guided_denoiser,
     held_out_losses,
-    levels,
     make_process,
     noise_source,
     prediction_loss,
@@ -122,7 +122,7 @@ def test_the_loss_of_the_best_white_gaussian_predictor(process, bound):
     cfg = SimpleNamespace(prediction_type=process.prediction_type, timesteps=200, flow_time_mean=0.0)
     t, x0, noise = draw_times(count, cfg), s * torch.randn(count, 16), torch.randn(count, 16)
     z_t, target = add_noise(process, x0, t, noise)
-    a, b = (c.float()[:, None] for c in levels(process, t))
+    a, b = (c.float()[:, None] for c in amplitudes(process, t))
     x0_hat, eps_hat = (g * z_t / (a**2 * s**2 + b**2) for g in (a * s**2, b))
     out = {"epsilon": eps_hat, "v_prediction": a * eps_hat - b * x0_hat, "flow": eps_hat - x0_hat}
     loss = prediction_loss(out[process.prediction_type], target)
@@ -255,7 +255,7 @@ def test_a_scale_of_1_is_one_unguided_call():
 
 
 @pytest.mark.parametrize("interval, sizes", [
-    ((0.0, 1.0), [4, 4, 4, 4]), ((0.0, 0.5), [2, 2, 4, 4]), ((0.5, 0.75), [2, 4, 4, 2]), ((0.8, 1.0), [4, 2, 2, 2]),
+    ((0.0, 1.0), [4, 4, 4, 4]), ((0.0, 0.5), [2, 2, 4, 4]), ((0.5, 0.75), [2, 4, 2, 2]), ((0.8, 1.0), [4, 2, 2, 2]),
 ])  # fmt: skip
 def test_guidance_acts_within_its_interval_alone(interval, sizes):
     """Four steps at the noise levels 1, 3/4, 1/2, 1/4 of the schedule."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sampler_bias import COLUMNS, FLOW_COLUMNS, ROWS, relative_w2, spectrum, table, variance_out
 
-from diffusion import levels, make_process, sampling_grid, to_x0_eps
+from diffusion import amplitudes, make_process, sampling_grid, to_x0_eps
 from samplers import SAMPLERS, SAMPLERS_FOR, choose_sampler, ddim, ddpm, dpmpp_2m, euler, heun
 
 PROCESSES = {
@@ -155,7 +155,7 @@ def known_grid(process, num_steps, kind):
     """The grids behind the figures below, evenly spaced from t = T - 1: "ends clean" visits t = 0, then x0; "ends at
     t = 0" takes the latents of t = 0 for x0, though 1 % of their amplitude is noise."""
     t = torch.linspace(199, 0, num_steps + (kind == "ends at t = 0"), dtype=torch.float64).round().long()
-    a, b = levels(process, t)
+    a, b = amplitudes(process, t)
     clean = torch.ones(1, dtype=torch.float64)
     return (a, b) if kind == "ends at t = 0" else (torch.cat([a, clean]), torch.cat([b, 0 * clean]))
 
