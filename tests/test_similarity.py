@@ -70,6 +70,19 @@ def test_ssim_is_the_mean_of_a_naive_one():
     assert math.isnan(mean_ssim(x[..., :8], x[..., :8]).item())  # its window is wider
 
 
+def test_windows_are_weighted_in_full_precision_on_cuda_too(monkeypatch):
+    """cuDNN's convolutions keep 10 bits by default (TF32): of a photograph and its blurred copy SSIM would be 0.80, not 0.82."""
+    seen, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args: seen.append(tf32()) or conv2d(*args))
+    before = tf32()
+    mean_ssim(*torch.rand(2, 1, 3, 16, 16))
+    assert seen and not any(seen) and tf32() == before
+
+
+def tf32():
+    return torch.backends.cudnn.allow_tf32
+
+
 # ---- Octaves ----
 
 
