@@ -7,16 +7,24 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import SMALL, randomize
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import diffusion
+import muon
+import train_vae
+from adversarial import make_discriminator
 from config import PRESETS, SDConfig
+from support.checkpoint import parameters_of
 from support.cuda_graph import WARM_UP, record_cuda_graph
-from support.devices import checkpoint_blocks, maybe_compile
+from support.devices import checkpoint_blocks, make_autocast, maybe_compile
 from support.processes import World
 from train_unet import batch_gradients
 from training import clip_gradients, make_optimizer, optimizer_step
 from unet import TimeEmbedding, UNetLatent
+from vae import AutoencoderKL
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -38,6 +46,43 @@ class FakeGraph:
     def results(self):
         output = self.function(*self.inputs)
         return [there for there in (output, *(p.grad for p in self.parameters)) if there is not None]
+
+
+class KernelGraph(TorchDispatchMode):
+    """Notes the kernels of a recording, which changes nothing, and runs them at replay, in the memory that they had then.
+
+    As with CUDA, what Python decides it decides once, and nothing may be read back or drawn at random.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.before = [], {}
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        name, kwargs = kernel._schema.name.removeprefix("aten::"), kwargs or {}
+        if name in ("_local_scalar_dense", "nonzero", "equal") or name.startswith(("rand", "bernoulli", "normal")):
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        for t in tree_leaves((args, kwargs)) if kernel._schema.is_mutable else ():
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.before.setdefault(storage._cdata, (storage, storage.clone()))
+        output = kernel(*args, **kwargs)
+        self.kernels.append((kernel, args, kwargs, output))
+        return output
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, before in self.before.values():
+            storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for kernel, args, kwargs, output in self.kernels:
+            schema = kernel._schema
+            if schema.is_mutable or not any(r.alias_info for r in schema.returns):  # no view
+                for there, new in zip(tree_leaves(output), tree_leaves(kernel(*args, **kwargs))):
+                    if isinstance(there, torch.Tensor) and there is not new:
+                        there.detach().copy_(new)
 
 
 class FakeGenerator:
@@ -92,6 +137,19 @@ def fake_cuda(monkeypatch):
         return record_cuda_graph(noted, "cuda", parameters), calls, cuda
 
     return make
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """-> the KernelGraphs that record_cuda_graph() has made, which it now does for a CPU too."""
+    made, original = [], record_cuda_graph
+    for name, value in {"CUDAGraph": lambda: made.append(KernelGraph()) or made[-1], "graph": lambda graph, pool: graph,
+                        "graph_pool_handle": object, "device": lambda device: contextlib.nullcontext(),
+                        "current_stream": object}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    for module in (muon, diffusion):
+        monkeypatch.setattr(module, "record_cuda_graph", lambda function, device: original(function, "cuda"))
+    return made
 
 
 def quadratic():
@@ -173,6 +231,80 @@ def test_a_compiled_model_is_recorded_and_other_batches_as_they_are(fake_cuda, t
         for p, gradient in zip(parameters, found):
             torch.testing.assert_close(gradient, p.grad)
     assert counter.frame_count == 1 and calls.count("recorded") == 2
+
+
+@pytest.mark.parametrize("kind, precision", [("vae", "bf16"), ("sharper decoder", "no"), ("unet", "bf16")])
+def test_training_has_the_same_bits_recorded(kind, precision, recorded):
+    """Gradients, discriminator and its balance, Muon and Adam, where a step that is not finite is skipped as on CUDA."""
+    plain, replayed = (trained(kind, precision, replay) for replay in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
+    assert len(recorded) == (5 if kind == "sharper decoder" else 3)  # for each size, and Muon's
+
+
+def trained(kind, precision, replay):
+    """Losses of 16 steps in batches of two sizes, and all that was trained. A sharper decoder begins without the adversary."""
+    torch.manual_seed(0)
+    sharper = kind == "sharper decoder"
+    cfg = replace(
+        SDConfig(**SMALL),
+        optimizer="muon",
+        grad_accumulation=2,
+        adversarial_weight=float(sharper),
+        matching_weight=20.0 * sharper,
+    )
+    net, cpu = randomize(UNetLatent(cfg) if kind == "unet" else AutoencoderKL(cfg)), torch.device("cpu")
+    checkpoint_blocks(net, precision == "no")
+    optimizer = make_optimizer([net], cfg)
+    if not replay:
+        optimizer.update = optimizer.update_hidden
+    options = optimizer, make_autocast(cpu, precision), cfg, World(0, 1, cpu)
+    if kind == "unet":
+        gradients = partial(batch_gradients, net, lambda t: t[:, None].expand(-1, cfg.time_dim), *options)
+    else:
+        critic = make_discriminator(cfg, optimizer, cpu)
+        adversary = critic and (critic, critic.balance, net.decoder.conv_out.weight)
+        gradients = partial(train_vae.batch_gradients, net, None, adversary, *options)
+    call, found = gradients, []
+    if replay:
+        call = record_cuda_graph(gradients, "cuda", parameters_of(optimizer))
+    for step in range(16):
+        n = 4 if step % 2 else 3
+        x, latents = torch.randn(n, 3, 16, 16), torch.randn(2, n, *UNetLatent(cfg).latent_shape)
+        inputs = (
+            (*latents, torch.rand(n), torch.randn(n, 4, cfg.text_dim))
+            if kind == "unet"
+            else (x, latents[0], sharper and step > 7)
+        )
+        loss, grad_norm = call(n, *inputs)
+        found += [loss, grad_norm]
+        optimizer.found_inf = torch.tensor(float(step == 13))
+        optimizer_step(optimizer, 1e-3 * step)
+    return [*found, *parameters_of(optimizer), *(critic.state_dict().values() if sharper else ())]
+
+
+def test_samples_have_the_same_bits_recorded(tiny, recorded, monkeypatch):
+    """Guided in a part of the schedule, in which batches are twice as large."""
+    unet, embed_t, vae = randomize(UNetLatent(tiny)), TimeEmbedding(tiny.time_dim), AutoencoderKL(tiny)
+    nets, process = (
+        (unet, vae, embed_t, lambda prompts: torch.ones(len(prompts), 12, tiny.text_dim)),
+        diffusion.make_process("flow"),
+    )
+    options = {
+        "process": process,
+        "seeds": [1, 2],
+        "guidance_scale": 2.6,
+        "guidance_interval": (0.3, 0.7),
+        "guidance_rescale": 0.5,
+    }
+
+    def pictures():
+        with torch.autocast("cpu", torch.bfloat16):
+            return diffusion.sample(*nets, ["a", "b"], 24, 2, **options)
+
+    replayed = pictures()
+    assert len(recorded) == 2
+    monkeypatch.setattr(diffusion, "RECORD_FROM", 25)
+    assert torch.equal(replayed, pictures()) and len(recorded) == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
