@@ -84,6 +84,7 @@ def time_steps(kind, args, words, cold=None):
     torch.manual_seed(0)
     cfg, _ = flags.parse_training_args("", kind, list(map(str, [*words, "--compile", "--run_dir", args.out / kind])))
     device, milliseconds, seconds = devices.pick_device(), {}, 0
+    devices.keep_compiled(cfg, device)  # the VAE's is there already
     for compiled in (False, True):
         gradients, parameters, inputs = step_of(kind, cfg, device, compiled)
         begun = time.monotonic()

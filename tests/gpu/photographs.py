@@ -12,6 +12,7 @@ What it is not: a test. Nothing passes or fails.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,22 +78,23 @@ def main():
         shutil.copytree(args.out / "vae", args.out / name)
         words = ["--preset", preset, *common, "--num_epochs", args.unet_epochs, *flags.split()]
         trainings.append(start(args, name, "train_unet.py", *words))
-    wait(*trainings)
-    prompts = ["--num_prompts", args.num_prompts]
-    wait(start(args, "best", "evaluate.py", *prompts))  # alone: it trains the judge of words, and keeps it
+    runs, prompts = wait(*trainings), ["--num_prompts", args.num_prompts]
+    first, *others = [(title, name, flags) for title, (name, flags) in EVALUATIONS.items() if name in runs]
+    measured = wait(start(args, first[0], "evaluate.py", *prompts))  # alone: it trains the judge of words, and keeps it
     pictures = [
-        start(args, name, "sample.py", "--prompt", *PROMPTS, "--out", args.out / name / "twelve") for name in RUNS
+        start(args, name, "sample.py", "--prompt", *PROMPTS, "--out", args.out / name / "twelve") for name in runs
     ]
-    others = list(EVALUATIONS.items())[1:]
-    for title, (name, _) in others:
-        if title != name:
-            shutil.copytree(args.out / name, args.out / title, ignore=shutil.ignore_patterns("twelve", "*.log"))
-    wait(*pictures, *(start(args, title, "evaluate.py", *prompts, *flags.split()) for title, (_, flags) in others))
-    results = {title: json.loads((args.out / title / "evaluation.json").read_text()) for title in EVALUATIONS}
+    left_out = shutil.ignore_patterns("twelve", "*.log")
+    for title, name, _ in others:
+        if title != name:  # files are replaced, never written to: links will do
+            shutil.copytree(args.out / name, args.out / title, ignore=left_out, copy_function=os.link)
+    evaluations = [start(args, title, "evaluate.py", *prompts, *flags.split()) for title, _, flags in others]
+    show_prompts(args, wait(*pictures))
+    measured += wait(*evaluations)
+    results = {title: json.loads((args.out / title / "evaluation.json").read_text()) for title in measured}
     (args.out / "table.json").write_text(json.dumps(results, indent=1))
     for title, found in results.items():
         print(title, json.dumps({k: found.get(k) for k in ("words", "looks", "distances", "captions")}))
-    show_prompts(args)
     say("done")
 
 
@@ -102,28 +104,27 @@ def start(args, what, script, *words):
     run.mkdir(exist_ok=True)
     log = open(run / f"{script.removesuffix('.py')}.log", "w")
     command = [sys.executable, "-u", str(ROOT / script), "--run_dir", str(run), *map(str, words)]
-    return (
-        f"{what}, {script}",
-        time.monotonic(),
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT),
-        log.name,
-    )
+    return what, time.monotonic(), subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log.name
 
 
 def wait(*started):
+    """-> the runs whose script has ended well; of each other the end of its output is printed. If none has, that is all."""
+    well = []
     for what, begun, process, log in started:
-        if process.wait():
-            sys.exit(f"{what}: {Path(log).read_text()[-3000:]}")
-        say(f"{what}: {time.monotonic() - begun:.0f} s; {Path(log).read_text().strip().splitlines()[-1][:200]}")
+        failed, output = process.wait(), Path(log).read_text().strip() or "no output"
+        last = output[-3000:] if failed else output.splitlines()[-1][:200]
+        say(f"{what}, {Path(log).stem}{' FAILED' * bool(failed)}: {time.monotonic() - begun:.0f} s; {last}")
+        well += [] if failed else [what]
+    return well or sys.exit("nothing is left to go on with")
 
 
 def say(text):
     print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
 
 
-def show_prompts(args):
+def show_prompts(args, runs):
     """A row per prompt: four pictures of each run."""
-    names = [sorted((args.out / name / "twelve").glob("*_seed*.png")) for name in RUNS]
+    names = [sorted((args.out / name / "twelve").glob("*_seed*.png")) for name in runs]
     side = Image.open(names[0][0]).width
     sheet = Image.new("RGB", (len(names) * 4 * side, len(PROMPTS) * side))
     for column, files in enumerate(names):
