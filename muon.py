@@ -67,7 +67,8 @@ def orthogonal(x, steps=5):
     wide = wide if x.is_cuda else newton_schulz_product(wide @ wide.mT, steps) @ wide
     for _ in range(steps if x.is_cuda else 0):
         square = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        wide = torch.baddbmm(wide, factor, wide, beta=3.4445)
     return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
 
 

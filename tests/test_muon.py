@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 import muon
 import training
@@ -26,6 +27,18 @@ def test_orthogonal_is_newton_and_schulz_iteration_in_double():
         square = exact @ exact.mT
         exact = 3.4445 * exact + (-4.7750 * square + 2.0315 * square @ square) @ exact
     assert torch.allclose(muon.orthogonal(x), exact.float(), atol=1e-4)
+
+
+class AsOnAGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_orthogonal_on_a_gpu_is_pytorchs_own_in_bfloat16():
+    for shape in ((2, 12, 40), (2, 40, 12)):
+        x = torch.randn(shape)
+        found = muon.orthogonal(x.as_subclass(AsOnAGpu)).as_subclass(torch.Tensor)
+        theirs = torch.stack([_zeropower_via_newtonschulz(m, (3.4445, -4.7750, 2.0315), 5, 1e-7) for m in x])
+        assert found.dtype == torch.float32 and (found - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_muon_steps_alike_in_either_memory_layout(tiny):
