@@ -104,7 +104,9 @@ def start(args, what, script, *words):
     run.mkdir(exist_ok=True)
     log = open(run / f"{script.removesuffix('.py')}.log", "w")
     command = [sys.executable, "-u", str(ROOT / script), "--run_dir", str(run), *map(str, words)]
-    return what, time.monotonic(), subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log.name
+    env = {"OMP_NUM_THREADS": "2"} | os.environ  # ten at once would get in each other's way
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+    return what, time.monotonic(), process, log.name
 
 
 def wait(*started):
