@@ -61,7 +61,9 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--max_images", type=int, default=6400, help="training pictures; a multiple of 32")
     parser.add_argument("--vae_epochs", type=int, default=16)
-    parser.add_argument("--unet_epochs", type=int, default=30)
+    parser.add_argument(
+        "--unet_epochs", type=int, default=20, help="three U-Nets share the GPU: 30 would not end in time"
+    )
     parser.add_argument("--num_prompts", type=int, default=500)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
