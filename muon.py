@@ -67,8 +67,7 @@ def orthogonal(x, steps=5):
     wide = wide if x.is_cuda else newton_schulz_product(wide @ wide.mT, steps) @ wide
     for _ in range(steps if x.is_cuda else 0):
         square = wide @ wide.mT
-        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        wide = torch.baddbmm(wide, factor, wide, beta=3.4445)
+        wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
     return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
 
 
