@@ -408,9 +408,9 @@ latent std | {vae[latent_std]:.3f} | mean {vae[latent_mean]:+.3f}
 loss ({denoising[target]}) | {denoising[mean]:.4f} |
 loss over white bound | {denoising[white][ratio]:.3f} | 1 is a loss of {denoising[white][bound]:.4f}
 loss over wiener bound | {denoising[wiener][ratio]:.3f} | 1 is a loss of {denoising[wiener][bound]:.4f}
-loss, shuffled - matched caption | {captions[shuffled][gap]:+.4f} | standard error {captions[shuffled][standard_error]:.4f}
-loss, shuffled - matched caption | {captions[why]:.0}- | {captions[why]}
-loss, empty - matched caption | {captions[empty][gap]:+.4f} | standard error {captions[empty][standard_error]:.4f}
+more loss with another caption | {captions[shuffled][gap]:+.4f} | standard error {captions[shuffled][standard_error]:.4f}
+more loss with another caption | {captions[why]:.0}- | {captions[why]}
+more loss with no caption | {captions[empty][gap]:+.4f} | standard error {captions[empty][standard_error]:.4f}
 words heard ({words[words]} words), AUC | {words[generated]:.3f} | real {words[real]:.3f}, through the VAE {words[reconstructed]:.3f}
 words heard, of what the VAE shows | {words[share]:.2f} | 1
 words heard | {words[why]:.0}- | {words[why]}

@@ -279,13 +279,13 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
     results["captions"] |= {"shuffled": None, "why": "all alike"}
     results["memorisation"]["nearer"] = None
     less = evaluate.table(results).splitlines()
-    assert f"{'loss, shuffled - matched caption':34}         -   all alike" in less
+    assert f"{'more loss with another caption':34}         -   all alike" in less
     assert f"{'words heard':34}         -   too few" in less
     gone = [line for line in full if line not in less]
     words = [
         "wiener bound",
-        "shuffled - ",
-        "empty - ",
+        "another caption",
+        "no caption",
         "words heard (3 words)",
         "words heard, of",
         "Frechet",
@@ -303,7 +303,7 @@ def test_the_table_has_every_figure_and_leaves_out_what_was_not_measured():
     assert len(gone) == len(words) and all(word in line for word, line in zip(words, gone))
     assert (
         f"{'channel-mean variance ratio':34}     0.900" in less
-        and f"{'loss, empty - matched caption':34}   +0.0100" in less
+        and f"{'more loss with no caption':34}   +0.0100" in less
     )
 
 
