@@ -289,7 +289,7 @@ VAE_PRESETS = {  # what differs besides for train_vae.py; with the recipe's beta
     "coco256": COCO_VAE | {"grad_accumulation": 4, "beta": 2.5e-6},
     "coco512": COCO_VAE | {"grad_accumulation": 16, "beta": 6.25e-7},
 }
-SHARPER = {"adversarial_weight": 0.65, "matching_weight": 20.0}
+SHARPER = {"adversarial_weight": 0.7, "matching_weight": 20.0}
 FINETUNING_PRESETS = {  # what differs besides for train_vae.py --finetune_decoder_of
     "best": SHARPER,
     "best64": {**SHARPER, "optimizer": "adam", "lr": 5e-4, "num_epochs": 4},
