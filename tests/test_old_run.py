@@ -19,7 +19,7 @@ ARCHIVE = Path(__file__).parent / "old_run.tar.xz"
 FLAGS = """--num_workers 0 --image_size 32 --max_images 16 --held_out_images 4 --block_out_channels 4 8 --norm_num_groups 1
     --unet_block_out_channels 8 --time_dim 32 --unet_norm_num_groups 4 --num_heads 2 --text_dim 16 --text_length 8
     --batch_size 4 --sample_steps 4 --save_every 1 --optimizer adam --lr_warmup_steps 60 --flow_time_mean 0"""
-VAE = ("train_vae.py", *TRAIN, *FLAGS.split(), "--cache_dir", "", "--lr", 2e-3)
+VAE = ("train_vae.py", *TRAIN, *FLAGS.split(), "--cache_dir", "", "--lr", 2e-3, "--beta", 1e-5)
 UNET = ("train_unet.py", *TRAIN, *FLAGS.split(), "--cache_dir", "", "--num_epochs", 2, "--lr", 2.3e-3)
 # the files of a run of the old code that nobody stopped, on the machine that the manifests name
 UNBROKEN = {
