@@ -233,8 +233,7 @@ def vae_loss(x, mu, log_var, x_hat, beta, l1_weight=0.0, ms_ssim_weight=0.0):
 
     mse: mean over pixels in [-1, 1]. kl: KL(q(z|x) || N(0, I)) [nats], summed over a latent (Kingma & Welling, appendix
     B), averaged over the batch. Up to a factor and a constant, mse + beta * kl is the negative ELBO (Eq. 10) with
-    p(x|z) = N(x_hat, s^2 I) and beta = 2 s^2 / N, where N = 3 H W. The recipe's beta means s = 0.5 at
-    128 pixels.
+    p(x|z) = N(x_hat, s^2 I) and beta = 2 s^2 / N, where N = 3 H W. At 128 pixels the recipe's beta means s = 0.5.
     """
     mse = F.mse_loss(x_hat, x)
     kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()

@@ -210,7 +210,7 @@ def rows(listing, text):
         reader = csv.reader(io.StringIO(text, ""), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             columns = [name.strip().lower() for name in next(reader, ())]
-            for row in filter(None, reader):  # None, NA, 007 stay text; of two columns the first
+            for row in filter(None, reader):  # None, NA, 007 stay text; of columns named alike the first counts
                 yield reader.line_num, dict(zip(columns[::-1], row[::-1])) if len(row) == len(columns) else None
         except csv.Error:
             yield reader.line_num, None
